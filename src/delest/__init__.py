@@ -1,0 +1,26 @@
+"""delest: train deep-learning models in less memory and less time, make them smaller, and prove each saving."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    **dict.fromkeys(("run", "inspect", "plan", "train", "shrink", "report", "predict", "doctor"), "delest.verbs"),
+    **dict.fromkeys(("Job", "Recipe", "Split"), "delest.job"),
+    "synthetic": "delest.data",
+}
+__all__ = sorted(_HOMES)
+
+if TYPE_CHECKING:
+    from delest.data import synthetic
+    from delest.job import Job, Recipe, Split
+    from delest.verbs import doctor, inspect, plan, predict, report, run, shrink, train
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'delest' has no attribute {name!r}")

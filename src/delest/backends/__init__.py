@@ -1,0 +1,53 @@
+"""The protocols between delest and a framework. A backend builds sessions; a session owns the model and makes steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from delest.job import Job
+    from delest.records.batch import Batch, Outputs, State, Step
+    from delest.records.plan import Plan
+    from delest.records.source import Schema
+
+
+class Session(Protocol):
+    """Model, loss, optimizer, precision and splitting: all that the training loop sees of a framework."""
+
+    parts: int  # micro-batches a step is made of; set between steps only
+
+    def step(self, batch: Batch, rate: float) -> Step:
+        """One optimizer step. `rate` in [0, 1] multiplies every parameter group's own base rate.
+
+        All or nothing: on failure it raises (`OutOfMemory` with the phase, for memory) with weights, gradients, buffers,
+        optimizer and random state as before the call.
+        """
+
+    def outputs(self, feed: Any) -> Iterator[Outputs]:
+        """Evaluation mode over `feed.ordered()`, batch by batch, NumPy."""
+
+    def state(self) -> State:
+        """Weights, buffers, optimizer and random state."""
+
+    def load(self, state: State) -> None: ...
+
+    def weights(self) -> dict[str, Any]:
+        """Parameters and buffers by name, NumPy (bf16 as uint16)."""
+
+    def load_weights(self, arrays: dict[str, Any]) -> None: ...
+
+    def parameters(self) -> int:
+        """How many parameters the model has, frozen ones included."""
+
+
+class Backend(Protocol):
+    """One framework."""
+
+    name: str
+
+    def session(self, job: Job, plan: Plan, schema: Schema) -> Session: ...
+
+    def export(self, session: Session, inputs: Any, path: Path) -> None:
+        """Write the bare network as ONNX with a dynamic batch. `inputs` are two rows as the model receives them, NumPy."""

@@ -1,0 +1,112 @@
+"""A named function for a job, run in a fresh process: a probe that fails leaves nothing behind.
+
+The child gets its request as JSON on standard input and answers with one JSON object in a file; what it prints goes to
+standard error. The whole process tree ends when the time is up or the caller goes on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from delest import errors, job as jobs
+
+
+def call(function: str, job: jobs.Job, *, timeout: float = 600.0, environment: dict[str, str] | None = None, **arguments: Any) -> Any:
+    """Run `function` ("module:name") as `name(job, **arguments)` in a fresh process and return its JSON answer.
+
+    A job without `origin` (a notebook's lambda) cannot be rebuilt elsewhere: the function then runs here.
+
+    Raises what the function raised where that is a `DelestError`; `ProbeFailed` where the child crashed, was killed or
+    ran out of time.
+    """
+    if job.origin is None:
+        return _function(function)(job, **arguments)
+    with tempfile.TemporaryDirectory(prefix="delest-") as folder:
+        answer = Path(folder, "answer.json")
+        request = {"function": function, "job": job.describe(), "arguments": arguments, "answer": str(answer)}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "delest.processes"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )
+        try:
+            _, printed = process.communicate(json.dumps(request).encode(), timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise errors.ProbeFailed(f"{function} did not answer within {timeout:g} s.") from None
+        finally:
+            end_tree(process)
+        if not answer.exists():
+            tail = printed.decode(errors="replace").strip().splitlines()[-12:]
+            raise errors.ProbeFailed(_how_it_ended(function, process.returncode, tail), process.returncode)
+        reply = json.loads(answer.read_text())
+    if "error" in reply:
+        kind = getattr(errors, reply["error"], errors.DelestError)
+        raise kind.rebuilt(reply["fields"])
+    return reply["value"]
+
+
+def end_tree(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process that leads its own session, and everything it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    finally:
+        process.wait()
+
+
+def _how_it_ended(function: str, code: int, tail: list[str]) -> str:
+    how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+    if code == -signal.SIGKILL:
+        how += " (most often: memory ran out)"
+    return f"{function} {how} before it answered." + ("\n" + "\n".join(tail) if tail else "")
+
+
+def _function(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _end_with_parent() -> None:
+    """Exit when the parent is gone, so that a killed command leaves no child computing."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        import time
+
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _main() -> None:
+    _end_with_parent()
+    request = json.loads(sys.stdin.read())
+    try:
+        value = _function(request["function"])(jobs.rebuild(request["job"]), **request["arguments"])
+        reply = {"value": value}
+    except errors.DelestError as error:
+        reply = {"error": type(error).__name__, "fields": error.fields()}
+    temporary = Path(request["answer"] + ".tmp")
+    temporary.write_text(json.dumps(reply))
+    temporary.rename(request["answer"])
+
+
+if __name__ == "__main__":
+    from delest.processes import _main as main  # under its importable name, not as __main__
+
+    main()

@@ -1,0 +1,51 @@
+"""Which methods a run uses, what they save and cost, and what was turned down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from delest.records.footprint import Footprint
+
+Keeps = Literal["bitwise", "rounding", "distribution", "changed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One method with its configuration."""
+
+    method: str
+    config: dict[str, Any]
+    keeps: Keeps  # what it does to the mathematics
+    why: str
+    saved_bytes: int | None = None
+    cost_seconds: float | None = None  # per step; negative is a gain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejection:
+    """A method that was considered and not chosen, and the reason."""
+
+    method: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `train` follows."""
+
+    choices: tuple[Choice, ...] = ()
+    batch_size: int
+    micro_batch: int
+    memory_bytes: int | None = None  # the budget that was asked for, None: what was free
+    predicted: Footprint | None = None
+    plain: Footprint | None = None  # the same job with no method
+    rejected: tuple[Rejection, ...] = ()
+    threads: int | None = None
+    device: str = "cpu"
+    code: str = ""  # the equivalent plain PyTorch
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def config(self, method: str) -> dict[str, Any] | None:
+        """The configuration of a chosen method, None where it was not chosen."""
+        return next((choice.config for choice in self.choices if choice.method == method), None)

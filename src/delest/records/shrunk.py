@@ -1,0 +1,50 @@
+"""Candidates for shipping, compared on one machine, and which were kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """A paired one-sided 95 % confidence bound on how much worse a candidate is than the trained model.
+
+    Differences are trained minus candidate for a metric where higher is better, signs turned otherwise.
+    """
+
+    drop: float  # mean paired difference; positive: the candidate is worse
+    upper: float  # the bound: drop + 1.645 * sqrt(variance / rows)
+    rows: int
+    disagreeing: float  # share of rows that differ
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One form of the model, measured."""
+
+    name: str  # "torch", "fp32", "int8"
+    runtime: str  # "PyTorch eager", "ONNX Runtime"
+    file_bytes: int | None  # of model.onnx; None for torch, whose weights are weights_bytes
+    weights_bytes: int  # of the parameters and buffers
+    latency_seconds: dict[int, float]  # median by batch size
+    latency_spread: dict[int, tuple[float, float]]  # lower and upper quartile
+    selection: dict[str, float]  # metrics on the selection split
+    bound: Bound | None = None  # against the trained model; None for the trained model itself
+    parity: float | None = None  # largest absolute difference of outputs from the trained model on real rows
+    kept: bool = True
+    why: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrunk:
+    """The content of `shrink.json`."""
+
+    path: Path  # of the artefact that ships
+    shipped: str  # name of the candidate
+    metric: str
+    max_drop: float
+    candidates: tuple[Candidate, ...]
+    test: dict[str, float] = field(default_factory=dict)  # of what ships
+    seconds: dict[str, float] = field(default_factory=dict)
+    threads: int = 1

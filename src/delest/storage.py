@@ -1,0 +1,112 @@
+"""Writing that a crash cannot halve: temporary file, fsync, rename, fsync of the folder. Checksums. The cache folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from delest import errors
+from delest.records.form import to_json
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def room_reported(path: Path) -> Iterator[None]:
+    """Turn the system's "no space left" into `DiskFull`, naming the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise errors.DiskFull(
+                f"no room on disk to write {path} ({error.strerror}). Free some space or choose another place with --out; "
+                "what was there before is unharmed."
+            ) from error
+        raise
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a whole file so that a crash leaves the old content or the new, never a part.
+
+    Raises `DiskFull`; the old file then stays.
+    """
+    encoded = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with room_reported(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(encoded)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Write a record or mapping as JSON with its `format`, atomically."""
+    write_atomic(path, json.dumps(to_json(record) if not isinstance(record, dict) else {"format": 1, **record}, indent=2) + "\n")
+
+
+def append_line(path: Path, row: dict[str, Any], *, sync: bool = False) -> None:
+    """Append one JSON line; with `sync` it is on disk when this returns."""
+    with room_reported(path), open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file, none where it does not exist; a half-written last line is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def free_bytes(folder: Path) -> int:
+    """What an ordinary user can still write on that file system."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def cache_folder(*parts: str) -> Path:
+    """A folder in the user's cache (`DELEST_CACHE`, else `$XDG_CACHE_HOME/delest`, else `~/.cache/delest`), made if needed."""
+    root = os.environ.get("DELEST_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "delest")
+    folder = Path(root, *parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

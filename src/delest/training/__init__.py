@@ -1,0 +1,1 @@
+"""The training loop over a session, evaluation, schedules, stopping, checkpoints, progress."""
