@@ -67,7 +67,7 @@ class Recipe:
     epochs: int | None = None  # an upper bound; None: at least 5 and at least 500 steps, at most 50
     patience: int = 3  # evaluations without a better score before the decay starts
     clip: float | None = None  # largest norm of the whole gradient
-    label_smoothing: float = 0.0  # of cross_entropy
+    label_smoothing: float = 0.1  # of cross_entropy, in training only (why it is on: docs/log.md)
     augment: tuple[str, ...] = ()  # flip, crop, erase (images); noise, dropout (tables)
     precision: str = "auto"  # auto: bf16 only where a probe on this machine gains
     memory_format: str = "auto"  # auto: channels_last only where a probe on this machine gains

@@ -153,6 +153,7 @@ _METRICS: tuple[Any, ...] = (
     Collected("f1", True, _f1),
 )
 NAMES = tuple(metric.name for metric in _METRICS)
+OF_NUMBERS = ("mse", "rmse", "mae", "r2")  # all others judge classes
 
 
 @dataclass(frozen=True)

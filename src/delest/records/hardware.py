@@ -39,6 +39,7 @@ class Check:
     ok: bool
     detail: str
     remedy: str | None = None  # what to do where it is not ok
+    essential: bool = False  # delest cannot work where this one is not ok
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,3 +50,8 @@ class Diagnosis:
     versions: dict[str, str]
     extras: dict[str, bool]
     checks: tuple[Check, ...]
+
+    @property
+    def usable(self) -> bool:
+        """Whether every check holds that delest cannot work without."""
+        return all(check.ok for check in self.checks if check.essential)

@@ -1,0 +1,106 @@
+"""Trying a job on two rows: does it build, run forward and backward, and fit its loss, labels and metric?"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from delest import errors, metrics
+from delest.backends.torch.model import where
+from delest.backends.torch.session import TorchSession
+from delest.job import Job
+from delest.records.batch import Batch
+from delest.records.plan import Plan
+from delest.records.source import Schema
+
+
+def check(job: Job, schema: Schema, batch: Batch) -> list[str]:
+    """Every fault that two rows show; weights, random states and optimizer of other sessions are not touched."""
+    try:
+        session = TorchSession(job, Plan(batch_size=job.batch_size, micro_batch=job.batch_size), schema)
+    except errors.BadInput as error:
+        return list(error.faults)
+    tensors = session.tensors(batch)
+    faults = _check_forward(session, tensors) if job.step is None or job.predict is not None else []
+    return faults or _check_backward(session, tensors)
+
+
+def _check_forward(session: TorchSession, batch: Batch) -> list[str]:
+    try:
+        outputs = session.forward(batch.inputs)
+    except Exception as error:
+        return [f"the model's forward failed on {_words(batch.inputs)}: {where(error)}"]
+    if session.job.step is not None:
+        return []
+    return _check_outputs(session, outputs, batch)
+
+
+def _check_outputs(session: TorchSession, outputs: Any, batch: Batch) -> list[str]:
+    schema, name = session.schema, session.loss.name
+    if not isinstance(outputs, torch.Tensor):
+        return [f"the model gives a {type(outputs).__name__}, and the loss {name} needs one tensor: give the Job a `step` or a `predict`."]
+    if len(outputs) != batch.count:
+        return [f"the model gives {len(outputs)} rows for a batch of {batch.count}: its first dimension must be the batch."]
+    faults = []
+    if name == "cross_entropy" and schema.classes is not None:
+        width = outputs.shape[1] if outputs.ndim > 1 else 1
+        needed = len(schema.classes)
+        if width < needed and not (width == 1 and needed == 2):
+            faults.append(
+                f"the model gives {width} value{'s' * (width != 1)} a row and the data have {needed} classes: labels "
+                f"{width} to {needed - 1} are out of range. Its last layer must have {needed} outputs."
+            )
+    elif name in ("mse", "l1", "huber") and outputs.numel() != batch.count:
+        faults.append(f"the model gives outputs of shape {tuple(outputs.shape)}, and the loss {name} needs one value a row: [B] or [B, 1].")
+    if not faults and not torch.isfinite(outputs).all():
+        faults.append("the model's outputs are not finite on the first two rows: look at its initial weights.")
+    if not faults:
+        faults += _check_metric(session, outputs.detach().float().numpy(), batch)
+    return faults
+
+
+def _check_metric(session: TorchSession, outputs: Any, batch: Batch) -> list[str]:
+    kind = session.schema.target.kind if session.schema.target else None
+    metric = metrics.chosen(session.job.metric, kind)
+    if batch.targets is None or metric.rows is None and len(np.unique(outputs)) < 2:
+        return []
+    try:
+        metric.compute(metric.update(metric.init(), outputs, np.asarray(batch.targets)))
+    except Exception as error:
+        return [f"the metric {metric.name} fails on outputs of shape {outputs.shape}: {where(error)}"]
+    return []
+
+
+def _check_backward(session: TorchSession, batch: Batch) -> list[str]:
+    job = session.job
+    what = "step" if job.step is not None else f"loss {session.loss.name}"
+    try:
+        loss = session.batch_loss(batch)
+    except Exception as error:
+        return [f"the {what} failed on {_words(batch.inputs)}: {where(error)}"]
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+        return [f"the {what} gives {shape}; it must give one number, the mean over the batch."]
+    if not math.isfinite(float(loss)):
+        return [f"the {what} is {float(loss)} on the first two rows: look at the data's range and the model's initial weights."]
+    if not any(parameter.requires_grad for parameter in session.model.parameters()):
+        return ["the model has no parameter to train: all are frozen, or it has none."]
+    try:
+        loss.backward()
+    except Exception as error:
+        return [f"the backward pass failed: {where(error)}"]
+    if all(parameter.grad is None for parameter in session.model.parameters()):
+        return [f"the {what} does not depend on any trainable parameter: no gradient arrived."]
+    return []
+
+
+def _words(inputs: Any) -> str:
+    """Shapes and types of inputs in words."""
+    if isinstance(inputs, dict):
+        return ", ".join(f"{name}={_words(value)}" for name, value in inputs.items())
+    if isinstance(inputs, tuple):
+        return ", ".join(_words(value) for value in inputs)
+    return f"{str(inputs.dtype).removeprefix('torch.')} {list(inputs.shape)}" if isinstance(inputs, torch.Tensor) else type(inputs).__name__

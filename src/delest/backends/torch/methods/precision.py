@@ -1,0 +1,17 @@
+"""Run the forward pass under autocast; weights, gradients and optimizer stay in fp32.
+
+Source: https://docs.pytorch.org/docs/stable/amp.html
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from delest.backends.torch.session import TorchSession
+
+
+def apply(session: TorchSession, config: dict[str, Any]) -> None:
+    session.autocast = {"bf16": torch.bfloat16}[config["dtype"]]

@@ -1,0 +1,45 @@
+"""Building the user's model, or a starter where only data are given."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+from torch import nn
+
+from delest import errors
+from delest.backends.torch import starters
+from delest.job import Job, takes_schema
+from delest.records.source import Schema
+
+
+def build(job: Job, schema: Schema) -> nn.Module:
+    """The model of a job; weights that its factory loads are kept. Raises `BadInput` where the factory raises."""
+    if job.model is None:
+        return starters.choose(schema)
+    try:
+        model = job.model(schema) if takes_schema(job.model) else job.model()
+    except errors.DelestError:
+        raise
+    except Exception as error:
+        raise errors.BadInput(f"building the model failed: {where(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise errors.BadInput(f"the model factory gave a {type(model).__name__}, not a torch.nn.Module.")
+    return model
+
+
+def where(error: BaseException) -> str:
+    """An error of the user's code in one line: kind, message, file and line of its innermost frame outside libraries."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename and "/delest/" not in frame.filename]
+    place = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {str(error).strip()}{place}"
+
+
+def call(model: Any, inputs: Any) -> Any:
+    """`model(inputs)`, `model(*inputs)` for a tuple, `model(**inputs)` for a mapping."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    if isinstance(inputs, tuple):
+        return model(*inputs)
+    return model(inputs)

@@ -1,0 +1,289 @@
+"""PyTorch's `Session`: the model, its loss and optimizers, and one step at a time, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from delest import errors
+from delest.backends.torch import losses, methods, model as models, optimizers, randomness
+from delest.job import Job
+from delest.records.batch import Batch, Lazy, Outputs, State, Step
+from delest.records.plan import Plan
+from delest.records.source import Schema
+
+
+class TorchSession:
+    """One model being trained. See `delest.backends.Session` for what each call promises."""
+
+    def __init__(self, job: Job, plan: Plan, schema: Schema):
+        if plan.threads:
+            torch.set_num_threads(plan.threads)
+        randomness.seed_all(job.seed)
+        self.job, self.schema = job, schema
+        self.device = torch.device(plan.device)
+        self.model: nn.Module = models.build(job, schema).to(self.device).train()
+        kind = schema.target.kind if schema.target else None
+        self.loss = losses.choose(job.loss, kind, job.recipe.label_smoothing)
+        self.parts, self.evaluation_rows = 1, max(job.batch_size, 256)
+        self.memory_format: torch.memory_format | None = None
+        self.autocast: torch.dtype | None = None
+        self.guarded = plan.memory_bytes is not None
+        methods.apply_all(plan, self)
+        self.optimizers = optimizers.build(self.model, job.recipe)
+        self._base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        randomness.seed_all(job.seed)
+
+    # One step
+
+    def step(self, batch: Batch, rate: float) -> Step:
+        """One optimizer step on a batch, its gradient summed over `parts` micro-batches weighted by their rows.
+
+        Raises `OutOfMemory`; weights, buffers, optimizer and random state are then as before (but for an optimizer
+        outside torch's fused ones, whose own temporaries failed: go back to a checkpoint then).
+        """
+        for optimizer, rates in zip(self.optimizers, self._base_rates, strict=True):
+            for group, base in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = base * rate
+        before = self._remember()
+        phase = "forward"
+        try:
+            total: Tensor | None = None
+            for part in _split(self.tensors(batch), min(self.parts, batch.count)):
+                phase = "forward"
+                loss = self.batch_loss(part) * (part.count / batch.count)
+                phase = "backward"
+                loss.backward()
+                total = loss.detach() if total is None else total + loss.detach()
+            phase = "optimizer"
+            norm = self._clip()
+            for optimizer in self.optimizers:
+                optimizer.step()
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._restore(before)
+            raise errors.OutOfMemory(phase, str(error).splitlines()[0]) from error
+        finally:
+            for parameter in self.model.parameters():
+                parameter.grad = None
+        assert total is not None
+        return Step(Lazy(lambda: float(total)), batch.count, norm)
+
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """The mean loss of a batch of tensors, with its gradient."""
+        with self._precision():
+            if self.job.step is not None:
+                return self.job.step(self.model, batch)
+            return self.loss.mean(models.call(self.model, batch.inputs), batch.targets)
+
+    def _clip(self) -> Lazy | None:
+        if self.job.recipe.clip is None:
+            return None
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.job.recipe.clip)
+        return Lazy(lambda: float(norm))
+
+    def _remember(self) -> tuple[dict[str, Any], list[Tensor]] | None:
+        """Random state and buffers before a step, where a budget is guarded."""
+        if not self.guarded:
+            return None
+        return randomness.capture(), [buffer.clone() for buffer in self.model.buffers()]
+
+    def _restore(self, before: tuple[dict[str, Any], list[Tensor]] | None) -> None:
+        if before is not None:
+            randomness.restore(before[0])
+            with torch.no_grad():
+                for buffer, kept in zip(self.model.buffers(), before[1], strict=True):
+                    buffer.copy_(kept)
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+    # Evaluation
+
+    def outputs(self, feed: Any) -> Iterator[Outputs]:
+        """Evaluation mode over `feed.ordered()`; random state is left as it was."""
+        with self._evaluating():
+            for batch in feed.ordered():
+                yield from (self._judge(part) for part in _split(self.tensors(batch), -(-batch.count // self.evaluation_rows)))
+
+    def predict(self, inputs: Any) -> Any:
+        """Outputs for inputs as the model receives them (NumPy), in evaluation mode, NumPy."""
+        with self._evaluating():
+            return _numpy(self.forward(self._to_tensor(inputs)))
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode, and the modes as they were afterwards: a user may have frozen parts of the model by `eval()`."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        random_states = randomness.capture()
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            randomness.restore(random_states)
+
+    def forward(self, inputs: Any) -> Any:
+        """What evaluation judges, for inputs as tensors: the job's `predict`, or the model's output."""
+        with self._precision():
+            return self.job.predict(self.model, inputs) if self.job.predict else models.call(self.model, inputs)
+
+    def _judge(self, batch: Batch) -> Outputs:
+        if self.job.step is None:
+            outputs = self.forward(batch.inputs)
+            rows = self.loss.rows(outputs, batch.targets)
+        else:
+            outputs = self.forward(batch.inputs) if self.job.predict else None
+            rows = self.batch_loss(batch).expand(batch.count)
+        return Outputs(_numpy(outputs), _numpy(batch.targets), _numpy(rows.float()), batch.index)
+
+    def exportable(self) -> nn.Module:
+        """The module whose forward is what evaluation sees."""
+        return self.model if self.job.predict is None else _Predictor(self.model, self.job.predict)
+
+    # State
+
+    def state(self) -> State:
+        """Weights, buffers, optimizer state and random states as arrays; what an optimizer keeps as plain numbers in `scalars`."""
+        arrays = {f"model.{name}": array for name, array in self.weights().items()}
+        arrays.update({f"random.{name}": array for name, array in randomness.capture().items()})
+        numbers: dict[str, Any] = {}
+        for i, optimizer in enumerate(self.optimizers):
+            for j, values in optimizer.state_dict()["state"].items():
+                for name, value in values.items():
+                    key = f"optimizer.{i}.{j}.{name}"
+                    if isinstance(value, Tensor):
+                        arrays[key] = _numpy(value)
+                    else:
+                        numbers[key] = value
+        bf16 = [name for name, tensor in self.model.state_dict().items() if tensor.dtype == torch.bfloat16]
+        return State(arrays, {"bf16": bf16, "numbers": numbers})
+
+    def load(self, state: State) -> None:
+        """Take up a state; raises `BadInput` where it belongs to another model or optimizer."""
+        self.load_weights({name[6:]: array for name, array in state.arrays.items() if name.startswith("model.")})
+        randomness.restore({name[7:]: array for name, array in state.arrays.items() if name.startswith("random.")})
+        saved = {**state.arrays, **state.scalars["numbers"]}
+        for i, optimizer in enumerate(self.optimizers):
+            own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for key, value in saved.items():
+                if key.startswith(f"optimizer.{i}."):
+                    number, _, name = key.removeprefix(f"optimizer.{i}.").partition(".")
+                    _place(optimizer.state[own[int(number)]], name, value, own[int(number)])
+
+    def weights(self) -> dict[str, Any]:
+        """Parameters and buffers by name, copied; bf16 as uint16."""
+        return {name: _numpy(tensor).copy() for name, tensor in self.model.state_dict().items()}
+
+    def load_weights(self, arrays: dict[str, Any]) -> None:
+        """Copy weights in by name; raises `BadInput` naming what is missing, left over or of another shape."""
+        own = self.model.state_dict()
+        faults = [f"{name} is missing" for name in own if name not in arrays]
+        faults += [f"{name} is not in this model" for name in arrays if name not in own]
+        faults += [
+            f"{name} has shape {tuple(arrays[name].shape)}, the model's has {tuple(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in arrays and tuple(arrays[name].shape) != tuple(tensor.shape)
+        ]
+        if faults:
+            more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+            raise errors.BadInput(f"these weights do not fit the model: {'; '.join(faults[:5])}{more}.")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                value = torch.from_numpy(np.array(arrays[name]))
+                tensor.copy_(value.view(torch.bfloat16) if tensor.dtype == torch.bfloat16 and value.dtype == torch.uint16 else value)
+
+    def parameters(self) -> int:
+        """How many parameters there are, frozen ones included, tied ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    # From NumPy
+
+    def tensors(self, batch: Batch) -> Batch:
+        """A batch with tensors on the session's device in place of NumPy."""
+        return replace(batch, inputs=self._to_tensor(batch.inputs), targets=self._to_tensor(batch.targets))
+
+    def _to_tensor(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: self._to_tensor(item) for name, item in value.items()}
+        if isinstance(value, tuple):
+            return tuple(self._to_tensor(item) for item in value)
+        if not isinstance(value, np.ndarray):
+            return value
+        tensor = torch.from_numpy(value).to(self.device)
+        if self.memory_format is not None and tensor.ndim == 4:
+            tensor = tensor.contiguous(memory_format=self.memory_format)
+        return tensor
+
+
+def _place(state: dict[str, Any], name: str, value: Any, parameter: Tensor) -> None:
+    """Put a saved value into a parameter's optimizer state, in the parameter's own memory layout: torch's fused
+    optimizers walk weights and state in step, element by element."""
+    if isinstance(value, np.ndarray):
+        tensor = torch.from_numpy(np.array(value)).to(parameter.device)
+        if name not in state:
+            state[name] = torch.empty_like(parameter) if tensor.shape == parameter.shape else torch.empty_like(tensor)
+        with torch.no_grad():
+            state[name].copy_(tensor)
+    else:
+        state[name] = value
+
+
+class _Predictor(nn.Module):
+    """A model together with the job's `predict`, so that export sees what evaluation saw."""
+
+    def __init__(self, model: nn.Module, predict: Any):
+        super().__init__()
+        self.model, self.predict = model, predict
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        return self.predict(self.model, named or (inputs[0] if len(inputs) == 1 else inputs))
+
+
+def _split(batch: Batch, parts: int) -> Iterator[Batch]:
+    """A batch in nearly equal parts."""
+    if parts <= 1:
+        yield batch
+        return
+    for rows in np.array_split(np.arange(batch.count), parts):
+        taken = slice(int(rows[0]), int(rows[-1]) + 1)
+        yield Batch(_rows(batch.inputs, taken), _rows(batch.targets, taken), batch.index[taken], batch.epoch, len(rows))
+
+
+def _rows(value: Any, taken: slice) -> Any:
+    if isinstance(value, dict):
+        return {name: _rows(item, taken) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_rows(item, taken) for item in value)
+    return None if value is None else value[taken]
+
+
+def _numpy(value: Any) -> Any:
+    """NumPy of tensors, also inside tuples, lists and mappings; bf16 becomes uint16 for weights, fp32 for outputs."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        if value.dtype == torch.bfloat16:
+            value = value.view(torch.uint16) if not value.is_inference() else value.float()
+        return value.numpy()
+    if isinstance(value, dict):
+        return {name: _numpy(item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_numpy(item) for item in value)
+    return value
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA has a class for it; on a CPU torch raises a plain RuntimeError with these words."""
+    words = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in words or "could not create a memory" in words

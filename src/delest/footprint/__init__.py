@@ -1,0 +1,1 @@
+"""What training takes: so far by probing real steps in a process of its own."""

@@ -1,0 +1,19 @@
+"""Run matrix products and convolutions in bf16 under autocast; weights and optimizer stay in fp32."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from delest.methods import Stage
+    from delest.records.plan import Keeps
+
+STAGE: Stage = "build"
+
+
+def keeps(config: dict[str, Any], *, batch_statistics: bool) -> Keeps:
+    return "changed"
+
+
+def code(config: dict[str, Any]) -> str:
+    return "with torch.autocast('cpu', dtype=torch.bfloat16):\n    outputs = model(x)"

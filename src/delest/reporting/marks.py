@@ -1,0 +1,132 @@
+"""What charts are made of: Plotly traces, axes and notes in plain data, in the page's colours and type."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+FONT = '-apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+
+
+def curve(
+    name: str,
+    pairs: Sequence[tuple[float, float]],
+    color: str,
+    *,
+    width: float = 2.5,
+    marked: bool = False,
+    yaxis: str = "y",
+    fill: bool = False,
+) -> dict[str, Any]:
+    trace: dict[str, Any] = {
+        "type": "scatter",
+        "name": name,
+        "x": [epoch for epoch, _ in pairs],
+        "y": [value for _, value in pairs],
+        "mode": "lines+markers" if marked else "lines",
+        "line": {"color": color, "width": width},
+        "marker": {"size": 6, "color": color},
+        "xaxis": "x",
+        "yaxis": yaxis,
+        "showlegend": yaxis == "y" and name != "best",
+        "hovertemplate": "%{y:.4~g}",
+    }
+    return trace | ({"fill": "tozeroy", "fillcolor": "@wash"} if fill else {})
+
+
+def bar(name: str, names: Sequence[str], values: Sequence[float], color: str | list[str]) -> dict[str, Any]:
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": name,
+        "y": list(names),
+        "x": list(values),
+        "marker": {"color": color},
+        "hoverinfo": "skip",
+    }
+
+
+def whiskers(
+    names: Sequence[str], values: Sequence[float], above: Sequence[float], below: Sequence[float] | None
+) -> dict[str, Any]:
+    """Spreads around values, none drawn where a spread is zero."""
+    spread: dict[str, Any] = {"type": "data", "symmetric": False, "color": "@ink", "thickness": 1.5, "width": 5}
+    spread["array"] = [length if length > 0 else None for length in above]
+    spread["arrayminus"] = [length if length > 0 else None for length in below or [0] * len(values)]
+    base = {"type": "scatter", "mode": "markers", "y": list(names), "x": list(values), "showlegend": False, "hoverinfo": "skip"}
+    return base | {"marker": {"size": 1, "color": "@ink"}, "error_x": spread}
+
+
+def labels(names: Sequence[str], ends: Sequence[float], texts: Sequence[str]) -> dict[str, Any]:
+    base = {
+        "type": "scatter",
+        "mode": "text",
+        "y": list(names),
+        "x": list(ends),
+        "showlegend": False,
+        "hoverinfo": "skip",
+        "cliponaxis": False,
+    }
+    return base | {"text": [f"\u2002{text}" for text in texts], "textposition": "middle right", "textfont": {"color": "@ink"}}
+
+
+def layout(height: int, label: str, **more: Any) -> dict[str, Any]:
+    return {
+        "height": height,
+        "meta": {"label": label},
+        "autosize": True,
+        "margin": {"l": 8, "r": 12, "t": 26, "b": 40},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": FONT, "size": 13, "color": "@ink2"},
+        "hoverlabel": {"bgcolor": "@surface", "bordercolor": "@line", "font": {"color": "@ink"}},
+        "dragmode": False,
+        "showlegend": False,
+        **more,
+    }
+
+
+def axis(**more: Any) -> dict[str, Any]:
+    return {"fixedrange": True, "gridcolor": "@line", "linecolor": "@line", "zeroline": False, "tickcolor": "@line", **more}
+
+
+def title(text: str) -> dict[str, Any]:
+    return {"text": text, "standoff": 6, "font": {"size": 13}}
+
+
+def legend() -> dict[str, Any]:
+    return {
+        "orientation": "h",
+        "x": 1,
+        "xanchor": "right",
+        "y": 1,
+        "yanchor": "bottom",
+        "traceorder": "normal",
+        "itemclick": False,
+        "itemdoubleclick": False,
+    }
+
+
+def line(*, x: float, color: str, dash: str = "dash") -> dict[str, Any]:
+    return {
+        "type": "line",
+        "x0": x,
+        "x1": x,
+        "yref": "paper",
+        "y0": 0,
+        "y1": 1,
+        "line": {"color": color, "width": 1.5, "dash": dash},
+        "layer": "below",
+    }
+
+
+def note(x: float, y: float, text: str, **more: Any) -> dict[str, Any]:
+    return {"x": x, "y": y, "text": text, "showarrow": False, "font": {"size": 12, "color": "@ink2"}, **more}
+
+
+def ticks_1_2_5(values: Sequence[float]) -> list[float]:
+    """Ticks of a logarithmic axis around positive values: powers of ten, with 2 and 5 times them where few would remain."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    factors = (1, 2, 5) if high - low <= 2 else (1,)
+    return [factor * 10.0**power for power in range(low, high + 1) for factor in factors]

@@ -1,0 +1,258 @@
+"""Records as plain text for the terminal: a verdict line, then tables, at most 100 columns wide."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from delest.records.footprint import Footprint
+from delest.records.hardware import Diagnosis
+from delest.records.plan import Choice, Plan
+from delest.records.run import Run, Summary
+from delest.records.shrunk import Shrunk
+from delest.reporting import words
+from delest.units import format_bytes, format_seconds
+
+WIDTH = 100
+CELL = 28  # longest cell of any column but the last, which wraps
+MANY = 12  # rows of a list of columns or classes before the rest is counted
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), right: Sequence[int] = ()) -> str:
+    """Aligned columns, two spaces apart; `right` columns are flush right; the last column wraps within the width."""
+    cells = [
+        [_short(words.clean(cell)) for cell in row[:-1]] + [words.clean(row[-1])]
+        for row in ([header] if header else []) + [*rows]
+    ]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(cells[0]))]
+    left = 2 + sum(width + 2 for width in widths[:-1])
+    widths[-1] = min(widths[-1], max(20, WIDTH - left))
+    lines = []
+    for row in cells:
+        *front, last = [
+            cell.rjust(width) if k in right else cell.ljust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        wrapped = textwrap.wrap(last.rstrip(), widths[-1]) if len(last) > widths[-1] else [last]
+        lines.append("  " + "".join(cell + "  " for cell in front) + (wrapped[0] if wrapped else ""))
+        lines.extend(" " * left + line for line in wrapped[1:])
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def summary_text(summary: Summary) -> str:
+    """What `inspect` saw: rows, splits, columns, classes, notes."""
+    what = {"images": "rows of images", "table": "rows of a table", "arrays": "rows of arrays"}[summary.kind]
+    target = (
+        f", {len(summary.classes)} classes"
+        if summary.classes
+        else f", target {summary.target}"
+        if summary.target
+        else ", no target"
+    )
+    problems = f", {len(summary.left_out):,} left out" if summary.left_out else ""
+    facts = [
+        ("source", summary.source),
+        ("splits", ", ".join(f"{role} {count:,}" for role, count in summary.splits.items())),
+        ("one row", f"{format_bytes(summary.row_bytes)} as the model receives it"),
+        *(
+            (f"baseline {words.metric_words(name)}", words.format_metric(name, value))
+            for name, value in summary.baseline.items()
+        ),
+    ]
+    return _sections(
+        words.clean(f"usable: {summary.rows:,} {what}{target}{problems}"),
+        ("", table(facts)),
+        ("columns", _columns(summary)),
+        ("classes", _counts(summary.classes)),
+        ("notes", _bullets(summary.notes)),
+        ("left out", _bullets(summary.left_out)),
+    )
+
+
+def plan_text(plan: Plan) -> str:
+    """What `train` would do, what it saves and costs, and what was turned down."""
+    parts = -(-plan.batch_size // plan.micro_batch)
+    split = f" in {parts} parts of {plan.micro_batch:,}" if parts > 1 else ""
+    facts = [("batch", f"{words.format_count(plan.batch_size, 'row')}{split}"), ("device", _device(plan))]
+    for name, footprint in (("predicted peak", plan.predicted), ("without methods", plan.plain)):
+        if footprint is not None:
+            facts.append((name, _footprint(footprint)))
+    choices = [
+        (
+            choice.method,
+            _or_blank(format_bytes, choice.saved_bytes),
+            _or_blank(format_seconds, choice.cost_seconds),
+            choice.keeps,
+            _reason(choice),
+        )
+        for choice in plan.choices
+    ]
+    return _sections(
+        words.fit_words(plan),
+        ("", table(facts)),
+        ("methods", choices and table(choices, ("method", "saves", "costs a step", "results", "why"), right=(1, 2))),
+        ("turned down", plan.rejected and table([(item.method, item.why) for item in plan.rejected])),
+        ("as plain PyTorch", textwrap.indent(plan.code.rstrip(), "  ")),
+    )
+
+
+def run_text(run: Run) -> str:
+    """How a run ended, what it took, and where its files are."""
+    facts = [("parameters", words.format_parameters(run.parameters)), ("trained", _trained(run))]
+    if run.best is not None:
+        score = words.format_metric(run.metric, run.best.score)
+        facts.append(
+            ("best", f"epoch {run.best.epoch:.4g}, step {run.best.step:,}: validation {words.metric_words(run.metric)} {score}")
+        )
+    facts.extend(
+        (split, words.scores_words(scores)) for split, scores in (("validation", run.validation), ("test", run.test)) if scores
+    )
+    if run.seconds:
+        stages = ", ".join(f"{stage} {format_seconds(seconds)}" for stage, seconds in run.seconds.items())
+        facts.append(("time", stages))
+    if run.plan is not None and run.plan.predicted is not None:
+        facts.append(("predicted peak", _footprint(run.plan.predicted)))
+    if run.measured is not None:
+        facts.append(("measured peak", _footprint(run.measured)))
+    facts.append(("files", str(run.path)))
+    return _sections(words.run_verdict(run), ("", table(facts)))
+
+
+def shrunk_text(shrunk: Shrunk) -> str:
+    """The candidates side by side, which ships, and why the others do not."""
+    batches = sorted({batch for candidate in shrunk.candidates for batch in candidate.latency_seconds})
+    header = (
+        "form",
+        "size",
+        *(f"batch {batch}" for batch in batches),
+        words.metric_words(shrunk.metric),
+        "drop at most",
+        "kept",
+    )
+    rows = [
+        (
+            candidate.name,
+            format_bytes(words.stored_bytes(candidate)),
+            *(_or_blank(format_seconds, candidate.latency_seconds.get(batch)) for batch in batches),
+            words.format_metric(shrunk.metric, candidate.selection.get(shrunk.metric), 2),
+            "" if candidate.bound is None else words.format_drop(shrunk.metric, candidate.bound.upper),
+            "ships" if candidate.name == shrunk.shipped else "yes" if candidate.kept else "no",
+        )
+        for candidate in shrunk.candidates
+    ]
+    reasons = [(candidate.name, candidate.why) for candidate in shrunk.candidates if candidate.why]
+    rows_used = next((candidate.bound.rows for candidate in shrunk.candidates if candidate.bound), None)
+    facts = [
+        ("test", words.scores_words(shrunk.test)),
+        ("threads", str(shrunk.threads)),
+        ("proof", f"95 % paired bound on {rows_used:,} selection rows" if rows_used else ""),
+        ("files", str(shrunk.path)),
+    ]
+    return _sections(
+        words.shrunk_verdict(shrunk),
+        ("", table(rows, header, right=range(1, len(header) - 1))),
+        ("", table(reasons) if reasons else ""),
+        ("", table([fact for fact in facts if fact[1]])),
+    )
+
+
+def diagnosis_text(diagnosis: Diagnosis) -> str:
+    """The checks of `doctor`, what to do where one does not hold, and the machine."""
+    failed = [check for check in diagnosis.checks if not check.ok]
+    count = len(diagnosis.checks)
+    verdict = (
+        f"{len(failed)} of {words.format_count(count, 'check')} failed"
+        if failed
+        else f"ready: {words.format_count(count, 'check')} passed"
+    )
+    checks = []
+    for check in diagnosis.checks:
+        checks.append(("ok" if check.ok else "FAILED", check.name, check.detail))
+        if not check.ok and check.remedy:
+            checks.append(("", "", f"remedy: {check.remedy}"))
+    extras = [
+        (name, "installed" if there else f"not installed (pip install 'delest[{name}]')")
+        for name, there in diagnosis.extras.items()
+    ]
+    return _sections(
+        verdict,
+        ("", checks and table(checks)),
+        ("machine", table(words.machine_facts(diagnosis.hardware))),
+        ("versions", diagnosis.versions and table(list(diagnosis.versions.items()))),
+        ("extras", extras and table(extras)),
+    )
+
+
+def _sections(verdict: str, *parts: tuple[str, Any]) -> str:
+    texts = [f"{title}\n{body}" if title else body for title, body in parts if body]
+    return "\n\n".join([verdict, *texts])
+
+
+def _short(cell: str) -> str:
+    return cell if len(cell) <= CELL else cell[: CELL - 1] + "…"
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    shown = [*lines[:MANY], *([f"and {len(lines) - MANY:,} more"] if len(lines) > MANY else [])]
+    return "\n".join(textwrap.fill(words.clean(line), WIDTH, initial_indent="  - ", subsequent_indent="    ") for line in shown)
+
+
+def _columns(summary: Summary) -> str:
+    if not summary.columns:
+        return ""
+    rows = [
+        (
+            str(column["name"]),
+            str(column.get("kind", "")),
+            " x ".join(str(side) for side in column.get("shape") or ()),
+            str(column.get("dtype", "")),
+            f"{column.get('missing') or 0:,}",
+            ", ".join(
+                f"{key} {column[key]:.4g}" for key in ("mean", "std", "low", "high") if isinstance(column.get(key), int | float)
+            ),
+        )
+        for column in summary.columns[:MANY]
+    ]
+    more = len(summary.columns) - MANY
+    return table(rows, ("name", "kind", "shape", "dtype", "missing", "values"), right=(4,)) + (
+        f"\n  and {more:,} more" if more > 0 else ""
+    )
+
+
+def _counts(classes: dict[str, int] | None) -> str:
+    if not classes:
+        return ""
+    total, most = sum(classes.values()) or 1, max(classes.values()) or 1
+    rows = [
+        (name, f"{count:,}", f"{100 * count / total:.1f} %", "#" * round(30 * count / most)) for name, count in classes.items()
+    ]
+    more = len(rows) - MANY
+    return table(rows[:MANY], right=(1, 2)) + (f"\n  and {more:,} more" if more > 0 else "")
+
+
+def _device(plan: Plan) -> str:
+    return plan.device if plan.threads is None else f"{plan.device}, {words.format_count(plan.threads, 'thread')}"
+
+
+def _footprint(footprint: Footprint) -> str:
+    text = format_bytes(footprint.peak_bytes)
+    if footprint.low_bytes != footprint.high_bytes:
+        text += f" ({words.interval_words(footprint.low_bytes, footprint.high_bytes)})"
+    pace = "" if footprint.step_seconds is None else f", {format_seconds(footprint.step_seconds)} a step"
+    return f"{text}{pace}"
+
+
+def _or_blank(form: Callable[[float], str], value: float | None) -> str:
+    return "" if value is None else form(value)
+
+
+def _reason(choice: Choice) -> str:
+    return f"{words.pairs_words(choice.config)}: {choice.why}" if choice.config else choice.why
+
+
+def _trained(run: Run) -> str:
+    reason = words.stop_words(run)
+    return f"{words.format_count(run.epochs, 'epoch')}, {words.format_count(run.steps, 'step')}" + (
+        f"; ended because {reason}" if reason else ""
+    )

@@ -1,0 +1,17 @@
+"""The public functions, one a command. The only room that wires the others together; they are imported inside."""
+
+from __future__ import annotations
+
+from delest.verbs.everything import run
+from delest.verbs.look import doctor, inspect, plan
+from delest.verbs.ship import predict, report, shrink
+from delest.verbs.train import train
+
+__all__ = ["doctor", "inspect", "plan", "predict", "progress", "report", "run", "shrink", "train"]
+
+
+def progress(*, quiet: bool = False):  # type: ignore[no-untyped-def]
+    """What shows progress on standard error: live in a terminal, plain lines elsewhere, nothing if `quiet`."""
+    from delest.training.progress import for_terminal
+
+    return for_terminal(quiet=quiet)

@@ -1,0 +1,101 @@
+"""Looking before doing: the data, the plan, the machine."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from delest import errors, job as jobs, processes
+from delest.verbs.workplace import Workplace, open_workplace, preprocessing_json
+
+if TYPE_CHECKING:
+    from delest.records.hardware import Diagnosis
+    from delest.records.plan import Plan
+    from delest.records.run import Summary
+    from delest.training.progress import Progress
+
+
+def inspect(job: Any) -> Summary:
+    """Look at a job's data: what is there, what is wrong with it. Raises `BadInput` with every fault found."""
+    from delest.training.progress import Progress
+
+    return open_workplace(jobs.load(job), Progress()).summary
+
+
+def plan(job: Any, *, memory: str | int | None = None, device: str | None = None, threads: int | None = None, say: Progress | None = None) -> Plan:
+    """Check a job and choose how to train it within `memory` (bytes, "2GiB", "80%"; None: what is free).
+
+    Raises `BadInput` with every fault, `NothingFits` with the smallest budget that works.
+    """
+    from delest.training.progress import Progress
+
+    say = say or Progress()
+    return plan_workplace(open_workplace(jobs.load(job), say), memory=memory, device=device, threads=threads, say=say)
+
+
+def doctor() -> Diagnosis:
+    """Versions, processor, memory, GPUs and whether this build of torch can use them, extras, and what to mend."""
+    from delest.hardware.doctor import diagnose
+
+    return diagnose()
+
+
+def plan_workplace(place: Workplace, *, memory: str | int | None, device: str | None, threads: int | None, say: Progress) -> Plan:
+    """The plan for an opened job: checked and probed in a child process, then chosen."""
+    from delest import units
+    from delest.hardware import machine
+    from delest.planning import search
+
+    started = time.monotonic()
+    say.stage("plan: trying the job on two rows and probing a few steps in a process of its own")
+    here = machine.describe()
+    budget = None if memory is None else units.read_size(memory, here.memory_limit_bytes or here.memory_bytes)
+    used = threads or here.cores
+    probe = _examine(place, threads=used, device=device or "auto")
+    if probe["faults"]:
+        raise errors.BadInput(probe["faults"])
+    idle = _idle_bytes() if probe["device"] == "cpu" else probe["idle_bytes"]
+    free = machine.describe().available_bytes + machine.resident_bytes()
+    chosen = search.choose(
+        place.job,
+        probe,
+        budget_bytes=free if budget is None else budget,
+        asked=budget is not None,
+        idle_bytes=idle,
+        threads=used,
+        isolated=place.job.origin is not None,
+    )
+    place.seconds["planning"] = time.monotonic() - started
+    return chosen
+
+
+def _examine(place: Workplace, *, threads: int, device: str) -> Any:
+    # Importing torch takes seconds; this process needs it too, and does it while the child works.
+    importing = threading.Thread(target=importlib.import_module, args=("delest.backends.torch",), daemon=True)
+    if place.job.origin is not None:
+        importing.start()
+    rows = min(len(place.splits["train"]), max(2, place.job.batch_size // 2, min(64, place.job.batch_size)))
+    probe = processes.call(
+        "delest.footprint.probe:examine",
+        place.job,
+        preprocessing=preprocessing_json(place),
+        index=[int(row) for row in place.splits["train"][:rows]],
+        threads=threads,
+        device=device,
+    )
+    if importing.ident is not None:
+        importing.join()
+    return probe
+
+
+def _idle_bytes() -> int:
+    """Resident bytes of this process with everything loaded that training needs."""
+    import torch
+
+    from delest.backends.torch.session import TorchSession  # noqa: F401
+    from delest.hardware import machine
+
+    torch.ones(64, 64) @ torch.ones(64, 64)  # starts the thread pools
+    return machine.resident_bytes()

@@ -1,0 +1,351 @@
+"""Training: from a job to a run folder with the best weights."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import time as clock
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from delest import __version__, errors, job as jobs, runs, storage, units
+from delest.records.footprint import Footprint
+from delest.records.form import read_json
+from delest.records.plan import Plan
+from delest.records.run import Best, Run
+from delest.verbs.look import plan_workplace
+from delest.verbs.workplace import Workplace, backend, open_workplace, preprocessing_json
+
+if TYPE_CHECKING:
+    from delest.training.loop import Trainer
+    from delest.training.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `train` and `run` are told besides the job."""
+
+    plan: Plan | str | Path | None = None
+    memory: str | int | None = None
+    time: str | float | None = None
+    preview: str | float | None = None
+    out: str | Path | None = None
+    resume: bool = False
+    init_from: str | Path | None = None
+    device: str | None = None
+    threads: int | None = None
+    checkpoint_seconds: float = 60.0
+
+
+@dataclass
+class Trained:
+    """A finished training with what it left in memory, for the verbs that go on from it."""
+
+    run: Run
+    place: Workplace
+    session: Any
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def train(
+    job: Any = None,
+    *,
+    plan: Plan | str | Path | None = None,
+    memory: str | int | None = None,
+    time: str | float | None = None,
+    preview: str | float | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    init_from: str | Path | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    checkpoint_seconds: float = 60.0,
+    say: Progress | None = None,
+) -> Run:
+    """Train a job and keep the best weights: checked, planned, checkpointed, resumable.
+
+    `job` is a `Job`, a path or a name (see `delest.job.load`); with `resume` it may be left out where `out` names the run.
+    `memory` bounds the resident set (bytes, "2GiB", "80%"), `time` the training ("10min", seconds), `preview` is the
+    share of training rows to train on first. Raises `BadInput`, `NothingFits`, `Diverged`, `Interrupted` (resumable).
+    """
+    settings = Settings(
+        plan=plan,
+        memory=memory,
+        time=time,
+        preview=preview,
+        out=out,
+        resume=resume,
+        init_from=init_from,
+        device=device,
+        threads=threads,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+    return train_with(job, settings, say, "train").run
+
+
+def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) -> Trained:
+    """Train or go on training; `verb` is the command to name when a signal stops it."""
+    from delest.training.progress import for_terminal
+
+    say = say or for_terminal()
+    loaded = None if job is None else jobs.load(job)
+    if settings.resume:
+        folder = runs.unfinished(settings.out, loaded)
+        loaded = runs.job_of(folder, loaded)
+    elif loaded is None:
+        raise errors.BadInput("no job was given: name a file, a module:name or a path to data.")
+    else:
+        folder = runs.place(settings.out, loaded.title)
+    limits = _limits(settings)
+    place = open_workplace(loaded, say, folder if settings.resume else None)
+    plan = _plan(place, settings, folder, say)
+    session = backend(place.job).session(place.job, plan, place.source.schema)
+    if settings.init_from is not None and not settings.resume:
+        session.load_weights(read_weights(Path(settings.init_from)))
+    preview = None
+    if settings.preview is not None and not settings.resume:
+        preview = _preview(place, plan, units.read_share(settings.preview), say)
+        session = backend(place.job).session(place.job, plan, place.source.schema)
+        if settings.init_from is not None:
+            session.load_weights(read_weights(Path(settings.init_from)))
+    if not settings.resume:
+        _start_folder(folder, place, plan, session)
+    trainer = _trainer(place, session, folder, say)
+    trainer.limits = limits
+    run = _began(folder, place, plan, session, preview)
+    if settings.resume and trainer.resume():
+        say.stage(f"train: going on from step {trainer.position.step:,} of {trainer.position.total_steps:,} in {folder}")
+    else:
+        say.stage(f"train: {trainer.position.total_steps:,} steps of {place.job.batch_size} rows, in {folder}")
+    run = _carry_out(trainer, run, verb, say)
+    return Trained(run, place, session, dict(place.seconds))
+
+
+def restore(folder: Path, say: Progress) -> Trained:
+    """A finished run as it was in memory: data opened, best weights in a session."""
+    run = runs.read(folder)
+    job = runs.job_of(folder)
+    place = open_workplace(job, say, folder)
+    check_same_data(folder, place)
+    session = backend(job).session(job, read_json(Plan, folder / "plan.json"), place.source.schema)
+    session.load_weights(read_weights(folder / "best.safetensors"))
+    return Trained(run, place, session)
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """Arrays of a safetensors file. Raises `BadInput` where it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    if not path.is_file():
+        raise errors.BadInput(f"{path} does not exist: it should be a safetensors file with the model's weights.")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise errors.BadInput(f"{path} is no intact safetensors file ({error}).") from None
+
+
+def check_same_data(folder: Path, place: Workplace) -> None:
+    """Raise `BadInput` where the data are not those that the run was started with."""
+    import json
+
+    before = json.loads((folder / "data.json").read_text())
+    if before["fingerprint"] != place.source.fingerprint:
+        raise errors.BadInput(
+            f"the data have changed since {folder} was started ({before['source']} then, {place.source.description} now): "
+            "bring the old data back, or start a new run."
+        )
+
+
+def _limits(settings: Settings) -> Any:
+    from delest.training.loop import Limits
+
+    seconds = None if settings.time is None else units.read_seconds(settings.time)
+    return Limits(checkpoint_seconds=settings.checkpoint_seconds, seconds=seconds)
+
+
+def _plan(place: Workplace, settings: Settings, folder: Path, say: Progress) -> Plan:
+    if settings.resume:
+        check_same_data(folder, place)
+        return read_json(Plan, folder / "plan.json")
+    given = settings.plan
+    if given is None:
+        return plan_workplace(place, memory=settings.memory, device=settings.device, threads=settings.threads, say=say)
+    plan = given if isinstance(given, Plan) else read_json(Plan, Path(given))
+    if plan.batch_size != place.job.batch_size:
+        raise errors.BadInput(f"the plan is for a batch of {plan.batch_size} rows, the job has {place.job.batch_size}: make a new plan.")
+    return plan
+
+
+def _trainer(place: Workplace, session: Any, folder: Path, say: Progress, *, rows: Any = None, saving: bool = True) -> Trainer:
+    from delest.training.loop import Trainer
+
+    return Trainer(
+        session=session,
+        train_feed=place.feed("train", rows, augmented=True),
+        validation_feed=place.feed("validation"),
+        test_feed=place.feed("test"),
+        recipe=place.job.recipe,
+        metric=place.metric,
+        folder=folder,
+        progress=say,
+        saving=saving,
+    )
+
+
+def _start_folder(folder: Path, place: Workplace, plan: Plan, session: Any) -> None:
+    from delest.training import checkpoints
+
+    state = session.state()
+    weights = sum(array.nbytes for name, array in state.arrays.items() if name.startswith("model."))
+    checkpoints.check_room(folder, sum(array.nbytes for array in state.arrays.values()), weights)
+    runs.claim(folder, place.job, plan)
+    storage.write_json(folder / "data.json", place.describe_data())
+    storage.write_json(folder / "preprocessing.json", preprocessing_json(place))
+
+
+def _began(folder: Path, place: Workplace, plan: Plan, session: Any, preview: dict[str, Any] | None) -> Run:
+    import platform
+
+    import numpy
+    import torch
+
+    before = runs.read(folder)
+    run = Run(
+        path=folder,
+        name=folder.name,
+        status="running",
+        job=place.job.describe(),
+        metric=place.metric.name,
+        higher_is_better=place.metric.higher_is_better,
+        parameters=session.parameters(),
+        plan=plan,
+        data=place.summary,
+        seconds={**before.seconds, **place.seconds},
+        preview=preview or before.preview,
+        versions={"delest": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
+    )
+    storage.write_json(folder / "run.json", run)
+    return run
+
+
+def _carry_out(trainer: Trainer, run: Run, verb: str, say: Progress) -> Run:
+    from delest.hardware import machine
+
+    started, before = clock.monotonic(), machine.resident_bytes()
+    machine.reset_peak()
+    try:
+        trainer.train()
+    except errors.Interrupted as stopped:
+        _finished(run, trainer, "interrupted", None)
+        command = f"delest {verb} {shlex.quote(str(run.job['origin']))}" if run.job["origin"] else f"delest.{verb}(job, resume=True)"
+        raise errors.Interrupted(stopped.signal_number, f"{command} --out {shlex.quote(str(run.path))} --resume") from None
+    except errors.Diverged:
+        _finished(run, trainer, "diverged", None)
+        raise
+    except BaseException:
+        _finished(run, trainer, "failed", None)
+        raise
+    measured = _measured(run, before, machine.peak_resident_bytes(), trainer)
+    run = replace(run, seconds={**run.seconds, "wall": clock.monotonic() - started})
+    return _finished(run, trainer, "done", measured)
+
+
+def _measured(run: Run, idle: int, peak: int, trainer: Trainer) -> Footprint:
+    assert run.plan is not None
+    steps = max(1, trainer.position.step)
+    return Footprint(
+        peak_bytes=peak,
+        runtime_bytes=idle,
+        low_bytes=peak,
+        high_bytes=peak,
+        step_seconds=trainer.position.training_seconds / steps,
+        batch_size=run.plan.batch_size,
+        micro_batch=run.plan.micro_batch,
+        device=run.plan.device,
+        basis="measurement",
+        how="run",
+        isolated=False,
+    )
+
+
+def _finished(run: Run, trainer: Trainer, status: Any, measured: Footprint | None) -> Run:
+    """Write the run's record as it now stands; the test split is read here, once, when training is done."""
+    from delest.training.evaluate import evaluate
+
+    p = trainer.position
+    test: dict[str, float] = {}
+    seconds = {**run.seconds, "training": p.training_seconds, "evaluating": p.evaluating_seconds}
+    weights_sha256 = None
+    if status == "done":
+        began = clock.monotonic()
+        feed = trainer.test_feed
+        if feed is not None and len(feed):
+            test = evaluate(trainer.session, feed, trainer.metric).metrics(trainer.metric)
+        seconds["evaluating"] += clock.monotonic() - began
+        weights_sha256 = digest(trainer.session.weights())
+    best = None if p.best_score is None else Best(step=p.best_step, epoch=p.best_epoch, score=p.best_score)
+    run = replace(
+        run,
+        status=status,
+        steps=p.step,
+        epochs=trainer.epochs(),
+        stopped_by=p.stopped_by or ("epochs" if status == "done" else None),
+        measured=measured,
+        best=best,
+        validation=p.validation or {},
+        test=test,
+        seconds=seconds,
+        decisions=tuple(storage.read_lines(run.path / "decisions.jsonl")),
+        weights_sha256=weights_sha256,
+    )
+    storage.write_json(run.path / "run.json", run)
+    return run
+
+
+def digest(weights: dict[str, Any]) -> str:
+    """SHA-256 of weights: names, types, shapes and bytes, in the order of names."""
+    import numpy as np
+
+    total = hashlib.sha256()
+    for name in sorted(weights):
+        array = np.ascontiguousarray(weights[name])
+        total.update(f"{name} {array.dtype} {array.shape}".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
+
+
+def _preview(place: Workplace, plan: Plan, share: float, say: Progress) -> dict[str, Any]:
+    """Train on a stratified share of the training rows and say what the full run will take."""
+    from delest.data import sample
+    from delest.hardware import machine
+
+    rows = sample(place.source, place.splits["train"], share, place.job.seed)
+    full = len(place.splits["train"])
+    if len(rows) < 2:
+        raise errors.BadInput(f"a preview of {share:.2%} is {len(rows)} of {full} training rows: give a larger share.")
+    epochs = place.job.recipe.epochs_for(full, place.job.batch_size)
+    job = replace(place.job, recipe=replace(place.job.recipe, epochs=epochs), batch_size=min(place.job.batch_size, len(rows)))
+    small = replace(place, job=job)
+    say.stage(f"preview: {len(rows):,} of {full:,} training rows, {epochs} epochs")
+    session = backend(job).session(job, plan, place.source.schema)
+    trainer = _trainer(small, session, Path(), say, rows=rows, saving=False)
+    machine.reset_peak()
+    trainer.train()
+    p = trainer.position
+    found = {
+        "share": share,
+        "rows": len(rows),
+        "epochs": epochs,
+        "validation": p.validation or {},
+        "seconds": p.training_seconds + p.evaluating_seconds,
+        "full_seconds": p.training_seconds * full / len(rows) + p.evaluating_seconds,
+        "peak_bytes": machine.peak_resident_bytes(),
+    }
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in found["validation"].items())
+    say.note(
+        f"preview reached validation {shown}; the full run will take about {units.format_seconds(found['full_seconds'])} "
+        f"and {units.format_bytes(found['peak_bytes'])}."
+    )
+    return found

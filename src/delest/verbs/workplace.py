@@ -1,0 +1,139 @@
+"""A job with its data opened, divided and measured: where every verb starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from delest import errors, metrics
+from delest.job import Job
+from delest.records.form import read_json, to_json
+
+if TYPE_CHECKING:
+    from delest.records.batch import Inputs
+    from delest.records.run import Summary
+    from delest.training.progress import Progress
+
+
+@dataclass
+class Workplace:
+    """A job, its source, the row numbers of each role and the preprocessing fitted on the training rows."""
+
+    job: Job
+    source: Any
+    splits: Mapping[str, Any]
+    preprocessing: Any
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def metric(self) -> metrics.Metric:
+        target = self.source.schema.target
+        judged = self.job.step is None or self.job.predict is not None
+        return metrics.chosen(self.job.metric, target.kind if target else None, judged)
+
+    @cached_property
+    def summary(self) -> Summary:
+        from delest.data import summarise
+
+        return summarise(self.source, self.splits)
+
+    def feed(self, role: str, index: Any = None, *, augmented: bool = False) -> Any:
+        """The batches of one role, or of the given rows."""
+        from delest.data import Feed
+
+        return Feed(
+            self.source,
+            self.splits[role] if index is None else index,
+            self.preprocessing,
+            batch_size=self.job.batch_size,
+            seed=self.job.seed,
+            augment=self.job.recipe.augment if augmented else (),
+        )
+
+    def first_inputs(self, rows: int) -> Inputs:
+        """So many training rows as the model receives them."""
+        return next(iter(self.feed("train", self.splits["train"][:rows]).ordered())).inputs
+
+    def describe_data(self) -> dict[str, Any]:
+        """The content of `data.json`."""
+        return {
+            "fingerprint": self.source.fingerprint,
+            "source": self.source.description,
+            "split": {role: len(index) for role, index in self.splits.items()},
+            "seed": self.job.seed,
+        }
+
+
+def open_workplace(job: Job, say: Progress, folder: Path | None = None) -> Workplace:
+    """Open a job's data and fit its preprocessing, or take that of the run in `folder`.
+
+    Raises `BadInput` with every fault of the job's fields and its data together.
+    """
+    from delest.data import Preprocessing, fit_preprocessing, open_source, split
+
+    started = time.monotonic()
+    faults = job.faults()
+    source = None
+    if job.data is not None:
+        try:
+            source = open_source(
+                job.data,
+                target=job.target,
+                rows=job.rows,
+                image_size=job.image_size,
+                skip_bad=job.skip_bad,
+                split_by=job.split.by,
+                seed=job.seed,
+            )
+        except errors.BadInput as error:
+            faults.extend(error.faults)
+    if source is not None:
+        faults += _mismatches(job, source)
+    if faults or source is None:
+        raise errors.BadInput(faults)
+    splits = split(source, job.split, job.seed)
+    if job.batch_size > len(splits["train"]):
+        raise errors.BadInput(
+            f"the batch of {job.batch_size} rows is larger than the {len(splits['train'])} training rows: give --batch-size {len(splits['train'])} or less."
+        )
+    if folder is None:
+        preprocessing = fit_preprocessing(source, splits["train"])
+    else:
+        preprocessing = read_json(Preprocessing, folder / "preprocessing.json")
+    say.stage(f"data: {source.description}")
+    for left_out in source.left_out[:5]:
+        say.note(f"left out: {left_out}")
+    if len(source.left_out) > 5:
+        say.note(f"and {len(source.left_out) - 5} more left out")
+    return Workplace(job, source, splits, preprocessing, {"inspecting": time.monotonic() - started})
+
+
+def _mismatches(job: Job, source: Any) -> list[str]:
+    """A metric or loss that cannot judge this target; no target where one is needed."""
+    target = source.schema.target
+    if target is None:
+        return [] if job.step is not None else ["the data have no target to learn: name one with --target, or give the Job a `step`."]
+    faults = []
+    if isinstance(job.metric, str) and job.metric in metrics.NAMES and (job.metric in metrics.OF_NUMBERS) != (target.kind == "number"):
+        fit = ", ".join(name for name in metrics.NAMES if (name in metrics.OF_NUMBERS) == (target.kind == "number"))
+        faults.append(f"the metric {job.metric} does not judge a {target.kind} target ({target.name}): use one of {fit}.")
+    losses = ("mse", "l1", "huber") if target.kind == "number" else ("cross_entropy", "bce")
+    if isinstance(job.loss, str) and job.step is None and job.loss not in ("auto", *losses):
+        faults.append(f"the loss {job.loss} does not fit a {target.kind} target ({target.name}): use one of {', '.join(losses)}.")
+    return faults
+
+
+def preprocessing_json(place: Workplace) -> dict[str, Any]:
+    """The preprocessing as JSON, for files and child processes."""
+    return to_json(place.preprocessing)
+
+
+def backend(job: Job) -> Any:
+    """The framework behind a job; so far always PyTorch."""
+    from delest.backends.torch import TorchBackend
+
+    return TorchBackend()
