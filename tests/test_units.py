@@ -3,7 +3,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from delest.errors import BadInput
 from delest.units import format_bytes, format_seconds, read_seconds, read_share, read_size
@@ -37,7 +38,17 @@ def test_what_is_no_size_is_refused(text: str | int) -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("30min", 1800), ("90s", 90), ("2h", 7200), ("1h 30min", 5400), ("1h30m", 5400), ("0.5 s", 0.5), ("90", 90), (2.5, 2.5), ("1d", 86400)],
+    [
+        ("30min", 1800),
+        ("90s", 90),
+        ("2h", 7200),
+        ("1h 30min", 5400),
+        ("1h30m", 5400),
+        ("0.5 s", 0.5),
+        ("90", 90),
+        (2.5, 2.5),
+        ("1d", 86400),
+    ],
 )
 def test_times_are_read(text: str | float, seconds: float) -> None:
     assert read_seconds(text) == seconds

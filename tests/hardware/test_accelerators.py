@@ -7,11 +7,15 @@ import pytest
 from delest.hardware import accelerators
 from delest.records.hardware import Accelerator
 
-LISTING = "NVIDIA H100 80GB HBM3, 81559, 9.0, 580.65.06\nTesla K80, 11441, 3.7, 470.57.02\nOdd, One, 4096, [N/A], 535.1\nnot a line\n"
+LISTING = (
+    "NVIDIA H100 80GB HBM3, 81559, 9.0, 580.65.06\nTesla K80, 11441, 3.7, 470.57.02\nOdd, One, 4096, [N/A], 535.1\nnot a line\n"
+)
 H100 = Accelerator(name="NVIDIA H100", memory_bytes=80 << 30, capability="9.0", driver="580.65.06")
 
 
-def torch_like(cuda: str | None = "13.0", available: bool = True, built_for: tuple[str, ...] = ("sm_80", "sm_90")) -> SimpleNamespace:
+def torch_like(
+    cuda: str | None = "13.0", available: bool = True, built_for: tuple[str, ...] = ("sm_80", "sm_90")
+) -> SimpleNamespace:
     """What is asked of torch, without a GPU."""
     return SimpleNamespace(
         __version__="2.13.0+cpu" if cuda is None else "2.13.0+cu130",
@@ -54,7 +58,9 @@ def test_a_fitting_build_can_use_the_gpu() -> None:
 def test_a_build_without_cuda_beside_a_gpu_gets_the_command_that_mends_it() -> None:
     judged = accelerators.judge(H100, torch_like(cuda=None))
     assert not judged.usable
-    assert "pip install --force-reinstall torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130" in (judged.remedy or "")
+    assert "pip install --force-reinstall torch==2.13.0 --index-url https://download.pytorch.org/whl/cu130" in (
+        judged.remedy or ""
+    )
     assert "driver" not in (judged.remedy or "")
 
 

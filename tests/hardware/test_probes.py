@@ -74,5 +74,5 @@ def test_a_hopeless_kernel_is_not_timed_twenty_times() -> None:
     probes._best_seconds(lambda: calls.append(1), hopeless_seconds=math.inf)
     assert len(calls) == 21
     calls.clear()
-    probes._best_seconds(lambda: (calls.append(1), sum(range(1000)))[0], hopeless_seconds=0.0)
-    assert len(calls) == 21 if not calls else len(calls) <= 2
+    probes._best_seconds(lambda: calls.append(1), hopeless_seconds=-1.0)
+    assert len(calls) == 2

@@ -120,14 +120,7 @@ def digits_run(path: Path, **changes: Any) -> Run:
         "data": digits_summary(),
         "seconds": {"inspecting": 0.6, "planning": 3.1, "training": 41.2, "evaluating": 1.8},
         "decisions": (
-            {
-                "kind": "decay",
-                "step": 440,
-                "epoch": 8.0,
-                "why": "3 evaluations without a better score",
-                "from_rate": 1.0,
-                "steps": 110,
-            },
+            {"kind": "decay", "at": 440, "reason": "plateau", "why": "no better accuracy in 3 evaluations", "total_steps": 550},
         ),
         "weights_sha256": "1b9e0c47d2aa8f6630e1",
         "versions": {"python": "3.11.4", "delest": "0.1.0", "torch": "2.13.0", "numpy": "2.4.6", "onnxruntime": "1.32.0"},

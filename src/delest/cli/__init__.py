@@ -40,33 +40,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     as_json = "--json" in given[: given.index("--") if "--" in given else None]
     stdout = sys.stdout
     try:
+        # A user's own code may print: with --json standard output is one object, so that goes to standard error.
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext(), _plain_warnings():
-            answer = _command().main(given, prog_name="delest", standalone_mode=False)
-        if isinstance(answer, Answer):
-            _write(stdout, json.dumps(to_json(answer.record), indent=2) if as_json else answer.text())
-            return answer.status
-        if answer == _INTERRUPTED:  # typer's own answer to Ctrl-C
-            raise KeyboardInterrupt
-        stdout.flush()  # of --help and --version
-        return 0
-    except errors.DelestError as error:
-        return _fail(stdout, as_json, type(error).__name__, str(error), error.exit_status)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail(stdout, as_json, "Interrupted", "interrupted", _INTERRUPTED)
-    except _CommandLineError as error:
-        return _fail(stdout, as_json, "BadInput", _usage_words(error), errors.BadInput.exit_status)
+            status, text = _run(given, as_json)
+        with storage.room_reported(Path("standard output")):
+            print(text, end="", file=stdout, flush=True)
+        return status
     except BrokenPipeError:
         _abandon(stdout)
         return 1
+    except errors.DiskFull as error:
+        _abandon(stdout)
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+def _run(given: list[str], as_json: bool) -> tuple[int, str]:
+    """Exit status and standard output of a command line; errors have been told on standard error."""
+    try:
+        with storage.room_reported(Path("standard output")):  # of --help and --version; all else is written by name
+            answer = _command().main(given, prog_name="delest", standalone_mode=False)
+        if isinstance(answer, Answer):
+            text = json.dumps(to_json(answer.record), indent=2) if as_json else answer.text()
+            return answer.status, text.rstrip("\n") + "\n"
+        if answer == _INTERRUPTED:  # typer's own answer to Ctrl-C
+            raise KeyboardInterrupt
+        return 0, ""
+    except errors.DelestError as error:
+        kind, words, status = type(error).__name__, str(error), error.exit_status
+    except (KeyboardInterrupt, typer.Abort):
+        kind, words, status = "Interrupted", "interrupted", _INTERRUPTED
+    except _CommandLineError as error:
+        kind, words, status = "BadInput", _usage_words(error), errors.BadInput.exit_status
+    except BrokenPipeError:
+        raise
     except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):
-            return 1
+        if isinstance(error.__context__, BrokenPipeError):  # typer's own answer to a reader that has gone
+            return 1, ""
         words = f"the code that was given to run called sys.exit({error.code!r}); a job's file must only define its job."
-        return _fail(stdout, as_json, "BadInput", words, errors.BadInput.exit_status)
+        kind, status = "BadInput", errors.BadInput.exit_status
     except Exception as error:
         traceback.print_exc()
-        words = f"{type(error).__name__}: {error}\nThis is a fault of delest, or of code that it was given to run: the lines above say where."
-        return _fail(stdout, as_json, type(error).__name__, words, errors.DelestError.exit_status)
+        words = f"{error}\nThis is a fault of delest, or of code that it was given to run: the lines above say where."
+        kind, status = type(error).__name__, errors.DelestError.exit_status
+    print(f"error: {words}", file=sys.stderr)
+    told = {"error": {"kind": kind, "message": words, "exit_status": status}}
+    return status, json.dumps(told, indent=2) + "\n" if as_json else ""
 
 
 def _command() -> Any:
@@ -118,25 +137,9 @@ def _plain_warnings() -> Iterator[None]:
         yield
 
 
-def _write(stdout: TextIO, text: str) -> None:
-    try:
-        with storage.room_reported(Path("standard output")):
-            print(text.rstrip("\n"), file=stdout, flush=True)
-    except errors.DiskFull:
-        _abandon(stdout)
-        raise
-
-
 def _abandon(stdout: TextIO) -> None:
     """Let what is still unwritten go nowhere: the interpreter would fail on it once more when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-
-
-def _fail(stdout: TextIO, as_json: bool, kind: str, message: str, status: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    if as_json:
-        _write(stdout, json.dumps({"error": {"kind": kind, "message": message, "exit_status": status}}, indent=2))
-    return status
 
 
 def _usage_words(error: Any) -> str:

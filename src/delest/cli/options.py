@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
@@ -96,7 +98,7 @@ TRAINING: Group = {
     "threads": option(int, "--threads", "of the processor"),
     "checkpoint_seconds": option(str, "--checkpoint-every", "time between checkpoints, as 60s or 5min", "TIME"),
 }
-MAX_DROP: Group = {"max_drop": option(str, "--max-drop", "largest loss of the metric, as 0.5%", "SHARE")}
+MAX_DROP: Group = {"max_drop": option(str, "--max-drop", "largest loss of the metric, as 0.5% or in the metric's unit", "LOSS")}
 THREADS: Group = {"threads": TRAINING["threads"]}
 JSON = option(bool, "--json", "print one JSON object on standard output, all else on standard error", undo=False)
 JobArgument = Annotated[
@@ -130,16 +132,26 @@ def with_options(**groups: Group) -> Callable[[Callable[..., Any]], Callable[...
     return decorate
 
 
-def read_job(what: str | None, changes: Mapping[str, Any]) -> jobs.Job:
-    """The job of JOB, or of `--data` where JOB is left out, with the given options over it."""
+def read_job(
+    what: str | None, changes: Mapping[str, Any], training: Mapping[str, Any] = MappingProxyType({})
+) -> jobs.Job | None:
+    """The job of JOB, or of `--data` where JOB is left out, with the given options over it.
+
+    None where a run goes on (`--resume --out FOLDER`): its folder knows the job. Raises `BadInput` where there is no job,
+    or where options would change that of a run which goes on.
+    """
     text = what or changes.get("data")
+    if what is None and training.get("resume") and "out" in training:
+        if changes:
+            names = ", ".join(_flag(JOB[name]) for name in changes)
+            raise errors.BadInput(f"{names}: a run goes on with the settings it began with. Leave them out, or name JOB.")
+        return None
     if text is None:
         raise errors.BadInput("JOB is missing: give a file with a job, as in examples/digits.py, or a path to data.")
     given = dict(changes)
     if "recipe.augment" in given:
-        given["recipe.augment"] = tuple(
-            name.strip() for item in given["recipe.augment"] for name in item.split(",") if name.strip()
-        )
+        names = (name.strip() for item in given["recipe.augment"] for name in item.split(","))
+        given["recipe.augment"] = tuple(name for name in names if name)
     if "data" in given and Path(given["data"]).exists():  # a run must find its data again from any folder
         given["data"] = str(Path(given["data"]).resolve())
     return jobs.override(jobs.load(text), given)
@@ -154,7 +166,7 @@ def read_training(training: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 value = read(given[name])
             except errors.BadInput as error:
-                faults.extend(f"{_flag(name)}: {fault}" for fault in error.faults)
+                faults.extend(f"{_flag({**TRAINING, **MAX_DROP}[name])}: {fault}" for fault in error.faults)
             else:
                 given[name] = given[name] if name in ("memory", "time", "preview") else value
     if faults:
@@ -162,9 +174,20 @@ def read_training(training: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _flag(name: str) -> str:
-    """The option as it is typed, of a parameter of `train`, `run` or `shrink`."""
-    return "--" + {**TRAINING, **MAX_DROP}[name].name.replace("_", "-")
+def _flag(parameter: inspect.Parameter) -> str:
+    """The option as it is typed."""
+    return "--" + parameter.name.replace("_", "-")
+
+
+def _read_drop(text: str) -> float:
+    """Per cent, or a number in the metric's own unit, which is above 1 for many an rmse."""
+    try:
+        drop = read_share(text) if "%" in text else float(text)
+    except ValueError:
+        drop = math.nan
+    if not 0 <= drop < math.inf:
+        raise errors.BadInput(f"{text!r} is not a loss of the metric: write it as 0.5% or as a number in the metric's unit.")
+    return drop
 
 
 def _read_threads(count: int) -> int:
@@ -180,5 +203,5 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "threads": _read_threads,
     "plan": lambda path: read_json(Plan, path),
     "checkpoint_seconds": read_seconds,
-    "max_drop": read_share,
+    "max_drop": _read_drop,
 }

@@ -19,5 +19,6 @@ def run(
     from delest import verbs
     from delest.reporting import text
 
-    done = verbs.run(options.read_job(job, changes), say=verbs.progress(quiet=quiet), **options.read_training(training))
+    found = options.read_job(job, changes, training)
+    done = verbs.run(found, say=verbs.progress(quiet=quiet), **options.read_training(training))
     return Answer(done, lambda: f"{text.run_text(done)}\n\nreport: {done.path / 'report.html'}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from delest import errors
 from delest.cli import Answer, options
 
 EXAMPLE = "delest train examples/digits.py --memory 1GiB --time 5min"
@@ -21,12 +20,6 @@ def train(
     from delest import verbs
     from delest.reporting import text
 
-    found = None
-    if job is None and training.get("resume") and "out" in training:
-        if changes:
-            names = ", ".join("--" + name.rpartition(".")[2].replace("_", "-") for name in changes)
-            raise errors.BadInput(f"{names}: a run goes on with the settings it began with. Leave them out, or name JOB.")
-    else:
-        found = options.read_job(job, changes)
+    found = options.read_job(job, changes, training)
     run = verbs.train(found, say=verbs.progress(quiet=quiet), **options.read_training(training))
     return Answer(run, lambda: text.run_text(run))

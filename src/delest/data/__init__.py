@@ -15,7 +15,7 @@ _HOMES = {
     "raw_rows": "feed",
     "synthetic": "generated",
 }
-__all__ = sorted(_HOMES)
+__all__ = ["Feed", "Preprocessing", "fit_preprocessing", "open_source", "raw_rows", "split", "summarise", "synthetic"]
 
 if TYPE_CHECKING:
     from delest.data.feed import Feed, raw_rows

@@ -250,7 +250,7 @@ def read_parquet_labels(
     found, codes, faults = encode_target(target, labels.to_numpy(), where)
     if names and found.kind == "class" and labels.dtype.is_integer() and not 0 <= labels.min() <= labels.max() < len(names):  # type: ignore[operator]
         faults.append(
-            f"{where}: target {target!r} holds {labels.min()} to {labels.max()}, but the file names {len(names)} classes."
+            f"{where}: target {target!r} holds {labels.min()!r} to {labels.max()!r}, but the file names {len(names)} classes."
         )
     elif names and labels.dtype.is_integer():
         found, codes = Target(name=target, kind="class", classes=names), labels.to_numpy().astype(np.int64)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +48,8 @@ def decode(data: bytes | Path, channels: int) -> Image.Image:
     Transparency is dropped and 16 bits a channel become 8. Raises `OSError`, `ValueError` or `SyntaxError` (Pillow's)
     where it cannot be read whole.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on metadata; what matters raises
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-            image.load()
-            turn = _TURNS.get(_orientation(image))
-            return _in_mode(image if turn is None else image.transpose(turn), "L" if channels == 1 else "RGB")
+    with _opened(data) as image:
+        return _upright(image, channels)
 
 
 def fit(image: Image.Image, side: int | None) -> NDArray[uint8]:
@@ -115,7 +112,8 @@ class Decoding:
 
     def __init__(self, encoded: Encoded, index: NDArray[int64], plan: _Plan):
         self._encoded, self._index, self._plan = encoded, index, plan
-        self.shape, self.dtype = plan.shape, np.dtype(np.uint8)
+        self.shape: tuple[int, ...] = plan.shape
+        self.dtype = np.dtype(np.uint8)
         self._pool: tuple[int, ThreadPoolExecutor] | None = None
 
     def __len__(self) -> int:
@@ -150,11 +148,20 @@ class _Plan:
     shape: tuple[int, int, int]
     side: int | None
 
-    def pixels(self, data: bytes | Path) -> NDArray[uint8]:
-        pixels = fit(decode(data, self.shape[2]), self.side)
+    def pixels(self, data: bytes | Path, like: tuple[int, int, bool] | None = None) -> NDArray[uint8]:
+        """Decoded and fitted; raises `_NotAlike` where the header differs from `like` in a way that changes the plan."""
+        with _opened(data) as image:
+            header = _header(image)
+            if like is not None and (header[2] != like[2] or (self.side is None and header != like)):
+                raise _NotAlike
+            pixels = fit(_upright(image, self.shape[2]), self.side)
         if pixels.shape != self.shape:
             raise ValueError(f"it has changed: {pixels.shape} now, {self.shape} when it was looked at")
         return pixels
+
+
+class _NotAlike(Exception):
+    """A picture differs from the first."""
 
 
 # What Pillow raises for damaged files; the bomb error guards against headers that claim absurd sizes.
@@ -185,15 +192,29 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def _look(data: bytes | Path) -> tuple[int, int, bool]:
-    """Width, height (upright) and whether it is grey, from the header alone."""
+@contextlib.contextmanager
+def _opened(data: bytes | Path) -> Iterator[Image.Image]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # Pillow's remarks on metadata; what matters raises
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
-            width, height = image.size
-            if _orientation(image) >= 5:  # turned by a quarter
-                width, height = height, width
-            return width, height, _is_grey(image)
+            yield image
+
+
+def _upright(image: Image.Image, channels: int) -> Image.Image:
+    image.load()
+    turn = _TURNS.get(_orientation(image))
+    return _in_mode(image if turn is None else image.transpose(turn), "L" if channels == 1 else "RGB")
+
+
+def _header(image: Image.Image) -> tuple[int, int, bool]:
+    """Width, height (upright) and whether it is grey, without decoding."""
+    width, height = image.size if _orientation(image) < 5 else image.size[::-1]
+    return width, height, _is_grey(image)
+
+
+def _look(data: bytes | Path) -> tuple[int, int, bool]:
+    with _opened(data) as image:
+        return _header(image)
 
 
 def _plan_for(looks: NDArray[int64], side: int | None) -> _Plan:
@@ -207,43 +228,59 @@ def _plan_for(looks: NDArray[int64], side: int | None) -> _Plan:
 
 
 def _pack(encoded: Encoded, index: NDArray[int64], fingerprint: str, wishes: Wishes) -> _Found:
-    """Look at every picture, then decode all into one file of the cache, where there is room for it."""
+    """Decode all pictures into one file of the cache, where there is room for it."""
+    first = next((look for _, look in _readable(encoded, index, {}, _look)), None)
+    if first is not None:
+        # Most often all are alike: then a single pass decodes them, and only a difference makes a look at all worthwhile.
+        plan = _plan_for(np.array([first]), wishes.image_size)
+        if has_room(int(np.prod(plan.shape)) * len(index)):
+            with contextlib.suppress(_NotAlike):
+                return _write_pack(encoded, index, fingerprint, wishes, plan, {}, lambda data: plan.pixels(data, first))
     bad: dict[int, str] = {}
-    looks = np.zeros((len(index), 3), np.int64)
-
-    def look(place: int, data: bytes | Path) -> None:
-        looks[place] = _look(data)
-
-    _each(encoded, index, bad, look)
-    readable = np.setdiff1d(np.arange(len(index)), sorted(bad))
-    if not len(readable):
+    looks = np.array([look for _, look in _readable(encoded, index, bad, _look)], np.int64).reshape(-1, 3)
+    if not len(looks):
         _refuse_bad(encoded, index, bad)
-    plan = _plan_for(looks[readable], wishes.image_size)
-    row_bytes = int(np.prod(plan.shape))
-    if not has_room(row_bytes * len(readable)):
-        if wishes.skip_bad:  # what cannot be read must be known before rows are numbered
-            _each(encoded, index, bad, lambda place, data: plan.pixels(data))
-        rows = np.delete(index, sorted(bad))
-        return Decoding(encoded.at_random(), rows, plan), plan, bad
+    plan = _plan_for(looks, wishes.image_size)
+    if has_room(int(np.prod(plan.shape)) * len(looks)):
+        return _write_pack(encoded, index, fingerprint, wishes, plan, bad, plan.pixels)
+    if wishes.skip_bad:  # what cannot be read must be known before rows are numbered
+        for _ in _readable(encoded, index, bad, plan.pixels):
+            pass
+    return Decoding(encoded.at_random(), np.delete(index, sorted(bad)), plan), plan, bad
+
+
+def _write_pack(
+    encoded: Encoded,
+    index: NDArray[int64],
+    fingerprint: str,
+    wishes: Wishes,
+    plan: _Plan,
+    bad: dict[int, str],
+    read: Callable[[bytes | Path], NDArray[uint8]],
+) -> _Found:
     path = _pack_path(fingerprint, wishes)
     with written_atomically(path) as file:
-        _each(encoded, index, bad, lambda place, data: file.write(plan.pixels(data)))
-        if bad and not wishes.skip_bad or len(bad) == len(index):
+        for _, pixels in _readable(encoded, index, bad, read):
+            file.write(pixels.tobytes())
+        if (bad and not wishes.skip_bad) or len(bad) == len(index):
             _refuse_bad(encoded, index, bad)
-    meta = {"shape": plan.shape, "side": plan.side, "bad": bad}
-    storage.write_json(path.with_suffix(".json"), meta)
+    storage.write_json(path.with_suffix(".json"), {"shape": plan.shape, "side": plan.side, "bad": bad})
     return PackedFile(path, plan.shape, np.uint8, len(index) - len(bad)), plan, bad
 
 
-def _each(encoded: Encoded, index: NDArray[int64], bad: dict[int, str], act: Callable[[int, bytes | Path], Any]) -> None:
-    """Call `act` with the place and bytes of each picture that is not yet known as bad; note those that fail."""
+def _readable(
+    encoded: Encoded, index: NDArray[int64], bad: dict[int, str], read: Callable[[bytes | Path], Any]
+) -> Iterator[tuple[int, Any]]:
+    """Place and `read(picture)` of each picture that is not known as bad; those that fail become so."""
     for place, data in enumerate(encoded.stream(index)):
         if place in bad:
             continue
         try:
-            act(place, data)
+            found = read(data)
         except _UNREADABLE as error:
             bad[place] = _unreadable(error)
+            continue
+        yield place, found
 
 
 def _unreadable(error: Exception) -> str:

@@ -63,7 +63,7 @@ class PackedFile:
         out = np.empty((len(index), *self.shape), self.dtype)
         if not out.nbytes:
             return out
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         starts = np.flatnonzero(np.diff(index, prepend=index[0] - 2) != 1)
         ends = np.append(starts[1:], len(index))
         size = self._row_bytes

@@ -47,7 +47,7 @@ def open_table(paths: Sequence[Path], wishes: Wishes, where: str) -> Source:
     frames, faults = [], []
     for path in paths:
         try:
-            frames.append(_read(path))
+            frames.append(read_frame(path))
         except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
             faults.append(f"{path} cannot be read as a table: {str(error).splitlines()[0]}")
     refuse(faults)
@@ -81,13 +81,15 @@ def open_frame(data: Any, wishes: Wishes, where: str) -> Source:
     return _assemble(frame, wishes, fingerprint, where, None)
 
 
-def _read(path: Path) -> pl.DataFrame:
+def read_frame(path: Path, *, as_text: bool = False) -> pl.DataFrame:
+    """A CSV or Parquet file as it is; `as_text` leaves each column of a CSV file text, whatever its values look like."""
     if path.name.lower().endswith(".parquet"):
         return pl.read_parquet(path)
     return pl.read_csv(
         path,
         separator=_separator(path),
         null_values=_NULLS,
+        infer_schema=not as_text,
         infer_schema_length=None,  # the whole file: a column must not change its type halfway
         try_parse_dates=True,
         encoding="utf8-lossy",

@@ -22,13 +22,14 @@ _MODULES = {"pillow": "PIL"}  # where the module is not called like the package
 # Printed module by module, so that one which kills the process (an instruction this processor lacks) is known.
 _IMPORT_EACH = """
 import importlib, sys
+answers, sys.stdout = sys.stdout, sys.stderr
 for name in sys.argv[1:]:
-    print(name, end="\\t", flush=True)
+    print(name, end="\\t", file=answers, flush=True)
     try:
         importlib.import_module(name)
-        print("ok", flush=True)
+        print("ok", file=answers, flush=True)
     except BaseException as error:
-        print(f"{type(error).__name__}: {error}".replace("\\n", " "), flush=True)
+        print(f"{type(error).__name__}: {error}".replace("\\n", " "), file=answers, flush=True)
 """
 
 
@@ -122,7 +123,7 @@ def _check_packages() -> list[Check]:
             found = "not installed" if version is None else f"version {version}, {least} or newer is needed"
             faults.append(Check(name=name, ok=False, detail=found, remedy=f"pip install '{wanted}'", essential=True))
     known = {check.name for check in faults}
-    modules = {_MODULES.get(name, name.lower().replace("-", "_")): name for name, _ in required if name not in known}
+    modules = {_MODULES.get(name.lower(), name.lower().replace("-", "_")): name for name, _ in required if name not in known}
     for module, fault in import_faults(list(modules)).items():
         remedy = f"pip install --force-reinstall --no-deps {modules[module]}=={_version(modules[module])}"
         faults.append(Check(name=modules[module], ok=False, detail=fault, remedy=remedy, essential=True))
@@ -141,7 +142,7 @@ def import_faults(modules: list[str], timeout: float = 120.0) -> dict[str, str]:
         printed = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
         how = f"did not load within {timeout:g} s"
     answers = dict(line.split("\t", 1) for line in printed.splitlines() if "\t" in line)
-    faults = {module: answer or how for module, answer in answers.items() if module in modules and answer != "ok"}
+    faults = {module: answer or how for module, answer in answers.items() if answer != "ok"}
     died_at = next((module for module, answer in answers.items() if answer == ""), None)
     if died_at is not None:  # those behind it have not been tried yet
         faults.update(import_faults(modules[modules.index(died_at) + 1 :], timeout))

@@ -32,19 +32,20 @@ def memory_chart(run: Run) -> Figure | None:
         marks.whiskers(
             names,
             peaks,
-            [(footprint.high_bytes - footprint.peak_bytes) / power for _, footprint in bars],
-            [(footprint.peak_bytes - footprint.low_bytes) / power for _, footprint in bars],
+            [footprint.low_bytes / power for _, footprint in bars],
+            [footprint.high_bytes / power for _, footprint in bars],
         ),
         marks.labels(names, ends, [format_bytes(footprint.peak_bytes) for _, footprint in bars]),
     ]
     reach = max(ends)
     layout = marks.layout(
-        64 + 44 * len(bars),
+        86 + 44 * len(bars),
         "Peak memory predicted and measured",
         barmode="stack",
         bargap=0.42,
         legend=marks.legend(),
         showlegend=True,
+        margin={"l": 8, "r": 12, "t": 48, "b": 40},
     )
     budget = run.plan.memory_bytes / power if run.plan and run.plan.memory_bytes else None
     if budget is not None and budget <= 2.5 * reach:
@@ -60,8 +61,7 @@ def memory_chart(run: Run) -> Figure | None:
 
 def curve_chart(run: Run, metrics: Sequence[dict[str, Any]]) -> Figure | None:
     """Losses, metric and learning rate over epochs, with the best state, the start of the decay and the end marked."""
-    train = [row for row in metrics if row.get("kind") == "train"]
-    validation = [row for row in metrics if row.get("kind") == "validation"]
+    train, validation = _of_kind(metrics, "train"), _of_kind(metrics, "validation")
     if not train and not validation:
         return None
     judged = run.metric != "loss" and any(row.get(run.metric) is not None for row in validation)
@@ -86,7 +86,7 @@ def curve_chart(run: Run, metrics: Sequence[dict[str, Any]]) -> Figure | None:
 
 def decay_epoch(metrics: Sequence[dict[str, Any]]) -> float | None:
     """Where the learning rate last was at its highest, None where it ends there or was never recorded."""
-    rates = _pairs([row for row in metrics if row.get("kind") == "train"], "rate")
+    rates = _pairs(_of_kind(metrics, "train"), "rate")
     if not rates:
         return None
     highest = max(rate for _, rate in rates)
@@ -112,9 +112,8 @@ def latency_chart(shrunk: Shrunk, batch: int) -> Figure:
         f"Latency at batch {batch} of each form",
         [high for _, high in spread],
     )
-    above = [high - value for (_, high), value in zip(spread, seconds, strict=True)]
-    below = [value - low for (low, _), value in zip(spread, seconds, strict=True)]
-    figure["data"].insert(1, marks.whiskers(_names(timed), seconds, above, below))
+    lows, highs = [low for low, _ in spread], [high for _, high in spread]
+    figure["data"].insert(1, marks.whiskers(_names(timed), seconds, lows, highs))
     return figure
 
 
@@ -128,8 +127,7 @@ def drop_chart(shrunk: Shrunk) -> Figure | None:
     drops = [scale * bound.drop for _, bound in bounded]
     uppers = [scale * bound.upper for _, bound in bounded]
     promised = scale * shrunk.max_drop
-    dots = marks.whiskers(names, drops, [upper - drop for upper, drop in zip(uppers, drops, strict=True)], None)
-    dots["marker"] = {"color": _colors(shrunk, [candidate for candidate, _ in bounded]), "size": 10}
+    dots = marks.dots(names, drops, _colors(shrunk, [candidate for candidate, _ in bounded]))
     labels = [words.format_drop(shrunk.metric, bound.upper) for _, bound in bounded]
     low, high = min(0.0, *drops), max(0.0, promised, *uppers)
     margin = (high - low or 1.0) * 0.28
@@ -143,8 +141,8 @@ def drop_chart(shrunk: Shrunk) -> Figure | None:
         marks.note(promised, 1, f"promised {words.format_drop(shrunk.metric, shrunk.max_drop)}", yref="paper", yanchor="bottom")
     ]
     layout["xaxis"] = marks.axis(visible=False, range=[low - margin / 2, high + margin])
-    layout["yaxis"] = marks.axis(showgrid=False, automargin=True, autorange="reversed", ticks="")
-    return {"data": [dots, marks.labels(names, uppers, labels)], "layout": layout}
+    layout["yaxis"] = marks.axis(showgrid=False, showline=False, automargin=True, autorange="reversed", ticks="")
+    return {"data": [dots, marks.whiskers(names, drops, drops, uppers), marks.labels(names, uppers, labels)], "layout": layout}
 
 
 def _comparison(
@@ -191,7 +189,7 @@ def _curve_layout(run: Run, losses: Sequence[float], end: float, decay: float | 
     if judged and words.is_share(run.metric):
         layout["yaxis2"]["ticksuffix"] = " %"
     layout["yaxis3"] |= {"range": [0, 1.1], "tickvals": [0, 1]}
-    layout["margin"] = {"l": 52, "r": 20, "t": 26, "b": 44}
+    layout["margin"] = {"l": 52, "r": 20, "t": 40, "b": 44}
     layout["hovermode"] = "x unified"
     step = max(1, math.ceil(end / 10))
     layout["xaxis"] = marks.axis(
@@ -230,6 +228,16 @@ def _best_point(run: Run, validation: Sequence[dict[str, Any]], judged: bool) ->
         "cliponaxis": False,
         "hoverinfo": "skip",
     }
+
+
+def _of_kind(metrics: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Rows of one kind, without those of steps that were taken again later, after a resume or a setback."""
+    standing: list[dict[str, Any]] = []
+    for row in (row for row in metrics if row.get("kind") == kind):
+        while standing and standing[-1]["step"] >= row["step"]:
+            standing.pop()
+        standing.append(row)
+    return standing
 
 
 def _pairs(rows: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:

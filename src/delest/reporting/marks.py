@@ -47,15 +47,18 @@ def bar(name: str, names: Sequence[str], values: Sequence[float], color: str | l
     }
 
 
-def whiskers(
-    names: Sequence[str], values: Sequence[float], above: Sequence[float], below: Sequence[float] | None
-) -> dict[str, Any]:
-    """Spreads around values, none drawn where a spread is zero."""
-    spread: dict[str, Any] = {"type": "data", "symmetric": False, "color": "@ink", "thickness": 1.5, "width": 5}
-    spread["array"] = [length if length > 0 else None for length in above]
-    spread["arrayminus"] = [length if length > 0 else None for length in below or [0] * len(values)]
+def whiskers(names: Sequence[str], values: Sequence[float], lows: Sequence[float], highs: Sequence[float]) -> dict[str, Any]:
+    """Spreads from low to high around values, none drawn where both are the value."""
+    spread = [item for item in zip(names, values, lows, highs, strict=True) if item[2] < item[1] or item[3] > item[1]]
+    bars: dict[str, Any] = {"type": "data", "symmetric": False, "color": "@ink", "thickness": 1.5, "width": 5}
+    bars["array"] = [max(0.0, high - value) for _, value, _, high in spread]
+    bars["arrayminus"] = [max(0.0, value - low) for _, value, low, _ in spread]
+    return dots([name for name, *_ in spread], [value for _, value, *_ in spread], "@ink", size=1) | {"error_x": bars}
+
+
+def dots(names: Sequence[str], values: Sequence[float], color: str | list[str], size: int = 10) -> dict[str, Any]:
     base = {"type": "scatter", "mode": "markers", "y": list(names), "x": list(values), "showlegend": False, "hoverinfo": "skip"}
-    return base | {"marker": {"size": 1, "color": "@ink"}, "error_x": spread}
+    return base | {"marker": {"size": size, "color": color}}
 
 
 def labels(names: Sequence[str], ends: Sequence[float], texts: Sequence[str]) -> dict[str, Any]:
@@ -96,16 +99,9 @@ def title(text: str) -> dict[str, Any]:
 
 
 def legend() -> dict[str, Any]:
-    return {
-        "orientation": "h",
-        "x": 1,
-        "xanchor": "right",
-        "y": 1,
-        "yanchor": "bottom",
-        "traceorder": "normal",
-        "itemclick": False,
-        "itemdoubleclick": False,
-    }
+    """At the top right of the chart, above notes that stand on the plot."""
+    place = {"x": 1, "xanchor": "right", "y": 1, "yref": "container", "yanchor": "top"}
+    return {"orientation": "h", "traceorder": "normal", "itemclick": False, "itemdoubleclick": False, **place}
 
 
 def line(*, x: float, color: str, dash: str = "dash") -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from delest import storage
-from delest.records.footprint import Footprint
 from delest.records.form import to_plain
 from delest.records.hardware import Hardware
 from delest.records.run import Run
@@ -109,14 +107,12 @@ def _badge(run: Run) -> tuple[str, str]:
 def _headline(run: Run, shrunk: Shrunk | None) -> str:
     """The verdict in one sentence: quality, time, and what shrinking gained."""
     headline = words.headline_score(run)
-    parts = [] if headline is None else [f"{words.format_metric(run.metric, headline[1])} {words.metric_words(run.metric)}"]
+    parts = [] if headline is None else [words.judged_words(run.metric, headline[1])]
     seconds = words.training_seconds(run)
     if seconds is not None:
         parts.append(f"trained in {format_seconds(seconds)}")
     status = words.status_words(run)
-    if status:
-        parts.insert(0, status)
-    sentence = ", ".join(parts) or run.status
+    sentence = ": ".join(part for part in (status, ", ".join(parts)) if part) or run.status
     if shrunk is not None and (gains := words.gain_words(shrunk)):
         sentence += f"; {shrunk.shipped} ships, {' and '.join(gains)}"
     return f"{sentence[0].upper()}{sentence[1:]}."
@@ -130,10 +126,8 @@ def _lead(run: Run, shrunk: Shrunk | None) -> str:
         split = headline[0]
         count = words.split_rows(run, split)
         rows = f"{count:,} {split} rows" if count else f"the {split} rows"
-        decided = (
-            "rows that decided nothing before" if split == "test" else "there are no test rows, and these decided when to stop"
-        )
-        sentences.append(f"Measured on {rows} ({decided}).")
+        decided = "which decided nothing" if split == "test" else "which decided when to stop; there are no test rows"
+        sentences.append(f"Measured on {rows}, {decided}.")
     if run.data is not None and run.metric in run.data.baseline:
         base = words.format_metric(run.metric, run.data.baseline[run.metric])
         always = "the most frequent class" if run.data.classes else "the mean"
@@ -165,7 +159,7 @@ def _score_card(run: Run) -> dict[str, Any]:
 
 def _time_card(run: Run) -> dict[str, Any]:
     seconds = words.training_seconds(run)
-    whole = f"{format_seconds(sum(run.seconds.values()))} with everything else" if len(run.seconds) > 1 else None
+    whole = f"{format_seconds(words.whole_seconds(run))} with everything else" if len(run.seconds) > 1 else None
     return _card(
         "Training time", "–" if seconds is None else format_seconds(seconds), words.format_count(run.epochs, "epoch"), whole
     )
@@ -195,16 +189,13 @@ def _memory_rows(run: Run) -> list[tuple[str, list[int | None]]]:
     if not any(footprints):
         return []
 
-    def row(name: str, size: Callable[[Footprint], int | None]) -> tuple[str, list[int | None]]:
-        return name, [size(footprint) if footprint else None for footprint in footprints]
-
     known = {phase for footprint in footprints if footprint for phase in footprint.phases}
     phases = [phase for phase in PHASES if phase in known] + sorted(known - set(PHASES))
-    return [
-        row("peak", lambda footprint: footprint.peak_bytes),
-        row("of which runtime", lambda footprint: footprint.runtime_bytes),
-        *(row(phase.replace("_", " "), lambda footprint, phase=phase: footprint.phases.get(phase)) for phase in phases),
+    views = [
+        {"peak": footprint.peak_bytes, "of which runtime": footprint.runtime_bytes, **footprint.phases} if footprint else {}
+        for footprint in footprints
     ]
+    return [(name.replace("_", " "), [view.get(name) for view in views]) for name in ("peak", "of which runtime", *phases)]
 
 
 def _interval_words(run: Run) -> str | None:
@@ -233,6 +224,8 @@ def _curve_words(run: Run, metrics: list[dict[str, Any]]) -> str:
         )
     elif reason:
         sentences.append(f"Training ended at epoch {run.epochs:.4g}: {reason}.")
+    if preview := words.preview_words(run):
+        sentences.append(f"{preview[0].upper()}{preview[1:]} for the whole run.")
     return " ".join(sentences)
 
 
@@ -250,12 +243,10 @@ def _form(shrunk: Shrunk, candidate: Candidate) -> dict[str, Any]:
 
 def _decision(row: dict[str, Any]) -> dict[str, str]:
     """A row of `decisions.jsonl`: when, what, why, and the rest as it is."""
-    what = next((key for key in ("decision", "kind", "what", "name") if key in row), None)
-    why = next((key for key in ("why", "reason") if key in row), None)
-    rest = {key: value for key, value in row.items() if key not in ("step", "format", what, why)}
+    rest = {key: value for key, value in row.items() if key not in ("format", "kind", "at", "why")}
     return {
-        "step": f"{row['step']:,}" if isinstance(row.get("step"), int) else "",
-        "what": words.clean(row[what]).replace("_", " ") if what else "decision",
-        "why": words.clean(row[why]) if why else "",
-        "rest": words.pairs_words(rest),
+        "step": f"{row['at']:,}" if isinstance(row.get("at"), int) else "",
+        "what": words.clean(row.get("kind", "decision")),
+        "why": words.clean(row.get("why", "")),
+        "rest": words.pairs_words(rest).replace("_", " "),
     }

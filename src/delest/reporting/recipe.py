@@ -39,6 +39,10 @@ def command(run: Run, shrunk: Shrunk | None) -> str | None:
         parts.extend(_option(f"split-{field}" if room == "split" else field, value))
     if run.plan is not None and run.plan.memory_bytes is not None:
         parts.extend(("--memory", _exact_size(run.plan.memory_bytes)))
+    if run.plan is not None and run.plan.threads is not None:
+        parts.extend(("--threads", str(run.plan.threads)))  # sums are rounded differently by another number
+    if shrunk is not None:
+        parts.extend(("--max-drop", f"{shrunk.max_drop:g}"))
     return shlex.join(parts)
 
 

@@ -111,6 +111,8 @@ def run_text(run: Run) -> str:
     if run.seconds:
         stages = ", ".join(f"{stage} {format_seconds(seconds)}" for stage, seconds in run.seconds.items())
         facts.append(("time", stages))
+    if preview := words.preview_words(run):
+        facts.append(("preview", preview))
     if run.plan is not None and run.plan.predicted is not None:
         facts.append(("predicted peak", _footprint(run.plan.predicted)))
     if run.measured is not None:

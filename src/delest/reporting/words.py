@@ -38,7 +38,9 @@ def format_metric(metric: str, value: float | None, digits: int = 1) -> str:
     """A metric's value: per cent for shares, four significant digits for all else."""
     if value is None or not math.isfinite(value):
         return "not measured" if value is None else "not finite"
-    return f"{100 * value:.{digits}f} %" if is_share(metric) else f"{value:.4g}"
+    if is_share(metric):
+        return f"{100 * value:.{digits}f} %"
+    return f"{value:,.0f}" if 1_000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def format_drop(metric: str, value: float) -> str:
@@ -86,10 +88,16 @@ def status_words(run: Run) -> str | None:
     after = f" after {format_count(run.epochs, 'epoch')}"
     return {
         "running": "still training" + after,
-        "interrupted": "interrupted" + after + "; it can be resumed",
+        "interrupted": "interrupted" + after + ", resumable",
         "diverged": "diverged" + after,
         "failed": "failed" + after,
     }.get(run.status)
+
+
+def judged_words(metric: str, value: float) -> str:
+    """ "98.2 % accuracy", "rmse 31,250"."""
+    shown, name = format_metric(metric, value), metric_words(metric)
+    return f"{shown} {name}" if is_share(metric) else f"{name} {shown}"
 
 
 def score_words(run: Run) -> str:
@@ -100,13 +108,14 @@ def score_words(run: Run) -> str:
     split, score = headline
     count = split_rows(run, split)
     where = f"{count:,} {split} rows" if count else f"the {split} rows"
-    return f"{format_metric(run.metric, score)} {metric_words(run.metric)} on {where}"
+    return f"{judged_words(run.metric, score)} on {where}"
 
 
 def run_verdict(run: Run) -> str:
     """ "98.2 % accuracy on 1,000 test rows (validation 97.9 %), trained in 41 s, peak 530 MiB"."""
+    headline = headline_score(run)
     parts = [score_words(run)]
-    if "validation" in parts[0]:
+    if headline is not None and headline[0] == "validation":
         parts[0] += " (no test rows)"
     elif run.metric in run.validation:
         parts[0] += f" (validation {format_metric(run.metric, run.validation[run.metric])})"
@@ -117,6 +126,19 @@ def run_verdict(run: Run) -> str:
         parts.append(f"peak {format_bytes(run.measured.peak_bytes)}")
     status = status_words(run)
     return clean(", ".join([f"{status}: {parts[0]}" if status else parts[0], *parts[1:]]))
+
+
+def whole_seconds(run: Run) -> float:
+    """All stages together; "wall" is a clock over some of them."""
+    return sum(seconds for stage, seconds in run.seconds.items() if stage != "wall")
+
+
+def preview_words(run: Run) -> str | None:
+    """What the preview foretold of the full run."""
+    if not run.preview:
+        return None
+    seconds, peak = format_seconds(run.preview["full_seconds"]), format_bytes(run.preview["peak_bytes"])
+    return f"a preview on {100 * run.preview['share']:.3g} % of the rows foretold {seconds} and {peak}"
 
 
 def stop_words(run: Run) -> str | None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from delest.metrics import Metric
 
 READ_EVERY = 10  # steps between two readings of the loss: a GPU never waits for it
+LEAST_PROGRESS = 1e-4
 SETBACKS = 3  # the third state that is not finite ends the run
 
 
@@ -188,28 +189,34 @@ class Trainer:
         result = evaluate(self.session, self.validation_feed, self.metric, stop=self._stop_evaluation)
         p.evaluating_seconds += time.monotonic() - started
         p.evaluated_step = p.step
-        better = self._is_better(result)
+        better, waiting = self._is_better(result), not self._is_progress(result)
         values = result.metrics(self.metric)
         self._log({"kind": "validation", "step": p.step, "epoch": self.epochs(), **values, "score": result.score, "best": better, "seconds": p.training_seconds})
         self.progress.evaluated(self.epochs(), values, better)
         if better:
             p.best_score, p.best_loss, p.best_step, p.best_epoch = result.score, result.loss, p.step, self.epochs()
-            p.validation, p.waited = values, 0
+            p.validation = values
             self._keep_best()
-        else:
-            p.waited += 1
-            if p.waited >= self.recipe.patience and not self._schedule().decaying(p.step):
-                self._end_early("plateau", f"no better {self.metric.name} in {p.waited} evaluations")
+        p.waited = p.waited + 1 if waiting else 0
+        if p.waited >= self.recipe.patience and not self._schedule().decaying(p.step):
+            self._end_early("plateau", f"no better {self.metric.name} in {p.waited} evaluations")
         self._save()
 
     def _is_better(self, result: Evaluation) -> bool:
         """A better score, or the same score with a lower loss: scores of few rows tie often."""
-        p = self.position
-        if p.best_score is None:
-            return True
-        sign = 1.0 if self.metric.higher_is_better else -1.0
-        gain = sign * (result.score - p.best_score)  # NaN (a metric that these rows do not define): the loss decides
+        p, gain = self.position, self._gain(result)
         return gain > 0 or (not gain < 0 and result.loss < (math.inf if p.best_loss is None else p.best_loss))
+
+    def _is_progress(self, result: Evaluation) -> bool:
+        """Better by enough to go on for: a score that creeps by less than 0.01 % of itself is a plateau."""
+        return self._gain(result) > LEAST_PROGRESS * abs(self.position.best_score or 0.0)
+
+    def _gain(self, result: Evaluation) -> float:
+        """Score over the best so far, positive for better; NaN where the metric is not defined on these rows."""
+        best = self.position.best_score
+        if best is None:
+            return math.inf
+        return result.score - best if self.metric.higher_is_better else best - result.score
 
     def _end_early(self, kind: str, why: str) -> None:
         p = self.position

@@ -1,0 +1,134 @@
+"""A summary of the data: what is there, what is worth knowing about it, and what must be beaten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from delest.records.run import Summary
+from delest.records.source import Column, Schema, Source
+
+if TYPE_CHECKING:
+    from numpy import int64
+    from numpy.typing import NDArray
+
+_SAMPLE_BYTES = 4 << 20  # of arrays and images looked at for their statistics
+_COMPARED_BYTES = 256 << 20  # of rows compared to find duplicates
+_BLOCK_BYTES = 8 << 20
+
+
+def summarise(source: Source, splits: Mapping[str, NDArray[int64]]) -> Summary:
+    """What `inspect` shows of a source and its division. Statistics of arrays and images are those of a sample."""
+    schema = source.schema
+    columns = tuple(_column(source, column) for column in schema.inputs)
+    target = schema.target
+    labels = None if target is None else source.values(target.name)
+    classes = None
+    if labels is not None and schema.classes is not None:
+        counts = np.bincount(labels, minlength=len(schema.classes))
+        classes = dict(zip(schema.classes, counts.tolist(), strict=True))
+    return Summary(
+        source=getattr(source, "description", f"{len(source):,} rows"),
+        fingerprint=source.fingerprint,
+        rows=len(source),
+        kind="images" if schema.is_image else "table" if schema.is_table else "arrays",
+        columns=columns,
+        target=None if target is None else target.name,
+        classes=classes,
+        splits={role: len(index) for role, index in splits.items()},
+        row_bytes=_row_bytes(schema),
+        left_out=tuple(getattr(source, "left_out", ())),
+        notes=tuple(_notes(source, splits, columns, classes)),
+        baseline={} if labels is None else _baseline(labels, schema.classes is not None, splits),
+    )
+
+
+def _column(source: Source, column: Column) -> dict[str, Any]:
+    described: dict[str, Any] = {"name": column.name, "kind": column.kind, "shape": column.shape, "dtype": column.dtype}
+    described["missing"] = column.missing
+    if column.kind == "category":
+        return {**described, "cardinality": column.cardinality}
+    if column.kind == "number":
+        values = source.values(column.name).astype(np.float64)
+    else:
+        step = max(1, len(source) * _row_size(source.schema) // _SAMPLE_BYTES)
+        values = source.read(np.arange(0, len(source), step))[column.name]
+    if column.missing:
+        values = values[~np.isnan(values)]
+    if not values.size:
+        return described
+    statistics = {
+        "mean": values.mean(dtype=np.float64),
+        "std": values.std(dtype=np.float64),
+        "low": values.min(),
+        "high": values.max(),
+    }
+    return {**described, **{name: float(value) for name, value in statistics.items()}}
+
+
+def _row_size(schema: Schema) -> int:
+    """Bytes of one row as it is read."""
+    return sum(int(np.prod(column.shape)) * (1 if column.dtype == "uint8" else 8) for column in schema.inputs) or 1
+
+
+def _row_bytes(schema: Schema) -> int:
+    """Bytes of one row as the model receives it: float32, category codes and ids int64."""
+    if schema.is_table:
+        return 4 * schema.number_width + 8 * len(schema.categories)
+    return sum(int(np.prod(column.shape)) * (8 if column.dtype == "int64" else 4) for column in schema.inputs)
+
+
+def _notes(
+    source: Source, splits: Mapping[str, NDArray[int64]], columns: tuple[dict[str, Any], ...], classes: dict[str, int] | None
+) -> Iterator[str]:
+    if classes:
+        most, least = max(classes, key=classes.__getitem__), min(classes, key=classes.__getitem__)
+        if classes[most] > 10 * classes[least]:
+            yield (
+                f"classes are unbalanced: {classes[most]:,} rows of {most!r}, {classes[least]:,} of {least!r}; "
+                "judge by balanced_accuracy or f1 (--metric)"
+            )
+    for column in columns:
+        share = column["missing"] / max(1, len(source))
+        if share > 0.2:
+            yield f"column {column['name']!r} has no value in {share:.0%} of the rows"
+        if column.get("std") == 0 or (column.get("cardinality") == 2 and not column["missing"]):
+            yield f"column {column['name']!r} is constant: it says nothing"
+    if getattr(source, "left_out", ()):
+        yield f"{len(source.left_out):,} files or columns are left out"
+    duplicates = _duplicates(source, splits)
+    if duplicates:
+        yield f"{duplicates:,} rows of test are also in train, exactly: the test score will flatter the model"
+
+
+def _duplicates(source: Source, splits: Mapping[str, NDArray[int64]]) -> int:
+    """Rows of test whose inputs are also in train; 0 where finding out would be slow, and for tables, where it is usual."""
+    train, test = splits.get("train", np.empty(0, np.int64)), splits.get("test", np.empty(0, np.int64))
+    too_much = (len(train) + len(test)) * _row_size(source.schema) > _COMPARED_BYTES
+    if source.schema.is_table or getattr(source, "decodes", False) or too_much or not len(test):
+        return 0
+    tested = list(_row_hashes(source, test))
+    seen = set(_row_hashes(source, train))
+    return sum(row in seen for row in tested)
+
+
+def _row_hashes(source: Source, index: NDArray[int64]) -> Iterator[int]:
+    step = max(1, _BLOCK_BYTES // _row_size(source.schema))
+    for start in range(0, len(index), step):
+        rows = source.read(index[start : start + step])
+        for place in range(len(index[start : start + step])):
+            yield hash(tuple(rows[column.name][place].tobytes() for column in source.schema.inputs))
+
+
+def _baseline(labels: NDArray, are_classes: bool, splits: Mapping[str, NDArray[int64]]) -> dict[str, float]:
+    """Score on test (else validation, else train) of the answer that is best on train whatever the inputs are."""
+    train = splits.get("train")
+    judged: NDArray | None = next((splits[role] for role in ("test", "validation", "train") if len(splits.get(role, ()))), None)
+    if train is None or judged is None or not len(train):
+        return {}
+    name: Literal["accuracy", "rmse"] = "accuracy" if are_classes else "rmse"
+    if are_classes:
+        return {name: float((labels[judged] == np.bincount(labels[train]).argmax()).mean())}
+    return {name: float(np.sqrt(((labels[judged] - labels[train].mean()) ** 2).mean()))}

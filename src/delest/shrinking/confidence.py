@@ -1,0 +1,89 @@
+"""How much worse a candidate may be than the trained model, judged on the same rows."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from delest.records.shrunk import Bound
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from delest.metrics import Metric
+    from delest.training.evaluate import Evaluation
+
+_Z = 1.645  # one-sided 95 % of the normal distribution
+
+
+def paired_bound(reference_rows: NDArray, candidate_rows: NDArray, higher_is_better: bool) -> Bound:
+    """One-sided 95 % bound on the drop of a metric that is a mean over rows: drop + 1.645 * sqrt(variance / rows).
+
+    Both are float [N], the metric's value of each row, rows in the same order.
+    """
+    worse = np.asarray(reference_rows, np.float64) - np.asarray(candidate_rows, np.float64)
+    if not higher_is_better:
+        worse = -worse
+    rows = len(worse)
+    spread = math.sqrt(worse.var(ddof=1) / rows) if rows > 1 else math.inf
+    drop = float(worse.mean())
+    return Bound(drop=drop, upper=drop + _Z * spread, rows=rows, disagreeing=float((worse != 0).mean()))
+
+
+def resampled_bound(metric: Metric, reference: Evaluation, candidate: Evaluation, *, resamples: int = 1000, seed: int = 0) -> Bound:
+    """The same bound for a metric of all rows together (AUC, F1, RMSE): the 95th percentile of its drop over bootstrap
+    resamples of the rows. Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
+    """
+    assert reference.outputs is not None and candidate.outputs is not None and reference.targets is not None
+    sign = 1.0 if metric.higher_is_better else -1.0
+    random = np.random.default_rng(seed)
+    rows = len(reference.targets)
+
+    def score(outputs: NDArray, targets: NDArray) -> float:
+        return float(metric.compute(metric.update(metric.init(), outputs, targets)))
+
+    drops = np.empty(resamples)
+    for place in range(resamples):
+        chosen = random.integers(0, rows, rows)
+        targets = reference.targets[chosen]
+        drops[place] = sign * (score(reference.outputs[chosen], targets) - score(candidate.outputs[chosen], targets))
+    return Bound(
+        drop=sign * (reference.score - candidate.score),
+        upper=float(np.nanpercentile(drops, 95)),
+        rows=rows,
+        disagreeing=float((_answers(reference) != _answers(candidate)).mean()),
+    )
+
+
+def bound_drop(metric: Metric, reference: Evaluation, candidate: Evaluation) -> Bound | None:
+    """The bound that suits the metric; None where nothing was judged (the metric is the loss of the job's own step)."""
+    assert np.array_equal(reference.index, candidate.index)
+    if reference.rows is not None and candidate.rows is not None and math.isclose(reference.score, reference.rows.mean()):
+        return paired_bound(reference.rows, candidate.rows, metric.higher_is_better)
+    if reference.outputs is None or candidate.outputs is None or reference.targets is None:
+        return None
+    return resampled_bound(metric, reference, candidate)
+
+
+def rows_needed(bound: Bound, max_drop: float) -> int | None:
+    """How many rows would prove that the drop is at most `max_drop`, if they were like those seen; None: no number would.
+
+    Where no row differs, the variance seen is 0 and proves nothing: then as many as keep one differing row within the bound.
+    """
+    if bound.disagreeing == 0:
+        return math.ceil(_Z / max_drop) if max_drop > 0 else None
+    if bound.drop >= max_drop or not math.isfinite(bound.upper):
+        return None
+    return max(1, math.ceil(bound.rows * ((bound.upper - bound.drop) / (max_drop - bound.drop)) ** 2))
+
+
+def _answers(evaluation: Evaluation) -> NDArray:
+    """What a row is judged by: the chosen class, or the value."""
+    assert evaluation.outputs is not None and evaluation.targets is not None
+    outputs = evaluation.outputs
+    if outputs.ndim == 2 and outputs.shape[1] > 1:
+        return outputs.argmax(1)
+    flat = outputs.reshape(len(outputs), -1)[:, 0]
+    return flat > 0 if evaluation.targets.dtype.kind in "iu" else flat
