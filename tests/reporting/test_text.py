@@ -19,7 +19,8 @@ def first(output: str) -> str:
 
 
 def row(output: str, start: str) -> str:
-    return next(line.strip() for line in output.splitlines() if line.strip().startswith(start))
+    """The first line below the verdict that begins so."""
+    return next(line.strip() for line in output.splitlines()[1:] if line.strip().startswith(start))
 
 
 def every_text() -> list[str]:
@@ -51,9 +52,9 @@ def test_a_table_aligns_wraps_and_shortens():
     assert made.count("word") == 40
 
 
-def test_every_text_keeps_to_the_width():
+def test_tables_keep_to_the_width():
     for output in every_text():
-        assert max(map(len, output.splitlines())) <= 100, output
+        assert max(map(len, output.splitlines()[1:])) <= 100, output
 
 
 def test_names_cannot_send_commands_to_the_terminal():

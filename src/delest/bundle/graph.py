@@ -134,9 +134,10 @@ def _put_in_front(front: _Nodes, preprocessing: Preprocessing, first: str) -> li
 
 def _add_image(front: _Nodes, preprocessing: Preprocessing, column: Column, output: str) -> onnx.ValueInfoProto:
     height, width, channels = column.shape
-    pixels, sides = "image", [height, width]
+    pixels = "image"
+    sides: tuple[int | str, ...] = (height, width)
     if preprocessing.image_size is not None:
-        pixels, sides = _add_fit(front, pixels, preprocessing.image_size), ["height", "width"]
+        pixels, sides = _add_fit(front, pixels, preprocessing.image_size), ("height", "width")
     planes = front.add("Transpose", front.add("Cast", pixels, to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
     mean, scale = (values.reshape(-1, 1, 1) for values in _moments(preprocessing, column))
     scaled = front.add("Mul", planes, front.constant(scale, np.float32))
@@ -172,7 +173,9 @@ def _add_numbers(front: _Nodes, preprocessing: Preprocessing, output: str) -> No
     columns = preprocessing.schema.numbers
     raw = _add_stack(front, [input_name(column) for column in columns])
     missing = front.add("IsNaN", raw)
-    mean, scale = (np.concatenate(parts) for parts in zip(*(_moments(preprocessing, column) for column in columns), strict=True))
+    mean, scale = (
+        np.concatenate(parts) for parts in zip(*(_moments(preprocessing, column) for column in columns), strict=True)
+    )
     centred = front.add("Sub", raw, front.constant(mean, np.float32))
     scaled = front.add("Mul", centred, front.constant(scale, np.float32))
     marked = [place for place, column in enumerate(columns) if column.name in preprocessing.indicators]

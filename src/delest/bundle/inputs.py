@@ -121,7 +121,9 @@ def _read_pictures(model: Model, files: Sequence[Path]) -> Iterator[Raw]:
                 continue
             pixels = fit(image, height) if height == width else fit(image, None)
             if pixels.shape != (height, width, channels):
-                faults.append(f"{file} is {pixels.shape[1]} x {pixels.shape[0]} pixels, the model takes {width} x {height}: resize it.")
+                faults.append(
+                    f"{file} is {pixels.shape[1]} x {pixels.shape[0]} pixels, the model takes {width} x {height}: resize it."
+                )
                 continue
             names.append(str(file))
             pictures.append(pixels)
@@ -157,7 +159,11 @@ def _open_arrays(file: Path, schema: Schema, any_size: bool, faults: list[str]) 
         return {}
     arrays: dict[str, NDArray] = {}
     for column in schema.inputs:
-        names = [column.name, *(INPUT_NAMES if len(schema.inputs) == 1 else ()), *(held if len(held) == 1 == len(schema.inputs) else ())]
+        names = [
+            column.name,
+            *(INPUT_NAMES if len(schema.inputs) == 1 else ()),
+            *(held if len(held) == 1 == len(schema.inputs) else ()),
+        ]
         found = next((held[name] for name in names if name in held), None)
         if found is None:
             faults.append(f"{file} holds {', '.join(held)}; the array {column.name!r} is missing.")
@@ -168,7 +174,9 @@ def _open_arrays(file: Path, schema: Schema, any_size: bool, faults: list[str]) 
             faults.append(f"{file}: {fault}")
         arrays[input_name(column)] = array
     if len({len(array) for array in arrays.values()}) > 1:
-        faults.append(f"{file}: arrays differ in length: {', '.join(f'{name} {len(array):,}' for name, array in arrays.items())}.")
+        faults.append(
+            f"{file}: arrays differ in length: {', '.join(f'{name} {len(array):,}' for name, array in arrays.items())}."
+        )
     return arrays
 
 
@@ -228,9 +236,13 @@ def _read_table(file: Path, schema: Schema, faults: list[str]) -> dict[str, NDAr
         return {}
     missing = [column.name for column in schema.inputs if column.name not in frame.columns]
     if missing:
-        faults.append(f"{file}: columns missing: {', '.join(map(repr, missing))}; it has {', '.join(map(repr, frame.columns))}.")
+        faults.append(
+            f"{file}: columns missing: {', '.join(map(repr, missing))}; it has {', '.join(map(repr, frame.columns))}."
+        )
     return {
-        input_name(column): _numbers(frame[column.name], file, faults) if column.kind == "number" else _texts(frame[column.name], column)
+        input_name(column): _numbers(frame[column.name], file, faults)
+        if column.kind == "number"
+        else _texts(frame[column.name], column)
         for column in schema.inputs
         if column.name in frame.columns
     }

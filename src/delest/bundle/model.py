@@ -28,9 +28,13 @@ def load(folder: Path | str, *, threads: int | None = None) -> Model:
     try:
         description = json.loads((folder / "bundle.json").read_text())
     except FileNotFoundError:
-        raise errors.BadInput(f"{folder} is no bundle: there is no bundle.json in it. Give the folder that `delest shrink` wrote.") from None
+        raise errors.BadInput(
+            f"{folder} is no bundle: there is no bundle.json in it. Give the folder that `delest shrink` wrote."
+        ) from None
     except ValueError as error:
-        raise errors.CheckFailed(f"{folder / 'bundle.json'} is damaged ({error}). Write the bundle again with `delest shrink`.") from None
+        raise errors.CheckFailed(
+            f"{folder / 'bundle.json'} is damaged ({error}). Write the bundle again with `delest shrink`."
+        ) from None
     if description["format"] > FORMAT:
         raise errors.BadInput(
             f"{folder / 'bundle.json'} has format {description['format']}, this delest reads up to {FORMAT}: "
@@ -63,9 +67,7 @@ class Model:
         self.description = description
         self.labels: list[str] | None = description["labels"]
         self.preprocessing = from_json(Preprocessing, description["preprocessing"], str(folder / "bundle.json"))
-        self.session = onnxruntime.InferenceSession(
-            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
-        )
+        self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
 
     def predict(self, raw: Mapping[str, NDArray]) -> Any:
         """Probabilities float32 [B, K], values float32 [B] in the target's units, or the network's outputs as they are
@@ -103,11 +105,15 @@ class Model:
             # A table's column without a name reaches here under its own, empty one.
             array = raw.get(name, raw.get("") if name == "column" else None)
             if array is None:
-                faults.append(f"the input {name!r} ({wanted['dtype']} {shape}) is missing; given: {', '.join(map(repr, raw)) or 'nothing'}.")
+                faults.append(
+                    f"the input {name!r} ({wanted['dtype']} {shape}) is missing; given: {', '.join(map(repr, raw)) or 'nothing'}."
+                )
                 continue
             array = np.asarray(array)
             expected = np.dtype(object if wanted["dtype"] == "string" else wanted["dtype"])
-            if len(array.shape) != len(shape) or any(isinstance(n, int) and n != m for n, m in zip(shape, array.shape, strict=True)):
+            if len(array.shape) != len(shape) or any(
+                isinstance(n, int) and n != m for n, m in zip(shape, array.shape, strict=True)
+            ):
                 faults.append(f"the input {name!r} has shape {list(array.shape)}, the model takes {shape}.")
             elif not _fits(array.dtype, expected):
                 faults.append(f"the input {name!r} is {array.dtype}, the model takes {wanted['dtype']}.")
@@ -120,7 +126,7 @@ class Model:
 
 def _fits(given: np.dtype[Any], expected: np.dtype[Any]) -> bool:
     """Whether values can be passed on: text as text, numbers as wider or other floats, pixels only as bytes."""
-    if expected == object:
+    if expected.kind == "O":
         return given.kind in "OUT"
     if expected == np.uint8:
         return given == np.uint8

@@ -113,6 +113,6 @@ def _describe(value: onnx.ValueInfoProto) -> dict[str, Any]:
     dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
     return {
         "name": value.name,
-        "dtype": "string" if dtype == object else str(dtype),
+        "dtype": "string" if dtype.kind == "O" else str(dtype),
         "shape": [dimension.dim_param or dimension.dim_value for dimension in tensor.shape.dim],
     }

@@ -150,8 +150,8 @@ def read_job(
         raise errors.BadInput("JOB is missing: give a file with a job, as in examples/digits.py, or a path to data.")
     given = dict(changes)
     if "recipe.augment" in given:
-        names = (name.strip() for item in given["recipe.augment"] for name in item.split(","))
-        given["recipe.augment"] = tuple(name for name in names if name)
+        words = (word.strip() for item in given["recipe.augment"] for word in item.split(","))
+        given["recipe.augment"] = tuple(word for word in words if word)
     if "data" in given and Path(given["data"]).exists():  # a run must find its data again from any folder
         given["data"] = str(Path(given["data"]).resolve())
     return jobs.override(jobs.load(text), given)

@@ -52,6 +52,11 @@ def sample_rows(source: Source, rows: int, seed: int) -> NDArray[int64]:
     return choose_rows(_strata(source), source.roles(), rows, seed)
 
 
+def sample(source: Source, index: NDArray[int64], share: float, seed: int) -> NDArray[int64]:
+    """Sorted rows out of `index`, about `share` of them, each class in its proportion."""
+    return index[choose_rows(_strata(source)[index], None, round(share * len(index)), seed)]
+
+
 def choose_rows(labels: NDArray, roles: NDArray | None, rows: int, seed: int) -> NDArray[int64]:
     """`sample_rows` for labels [N] and roles [N] or None; all rows where there are no more than `rows`."""
     if len(labels) <= rows:

@@ -21,22 +21,9 @@ if TYPE_CHECKING:
 
 CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz")
 _NULLS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "?"]
-_ENDING_SO = (
-    "paid",
-    "bid",
-    "valid",
-    "covid",
-    "grid",
-    "mid",
-    "humid",
-    "solid",
-    "liquid",
-    "fluid",
-    "acid",
-    "void",
-    "aid",
-    "avoid",
-)
+_ENDING_SO = tuple(
+    ["paid", "bid", "valid", "covid", "grid", "mid", "humid", "solid", "liquid", "fluid", "acid", "void", "aid", "avoid"]
+)  # words, not ids
 
 
 def open_table(paths: Sequence[Path], wishes: Wishes, where: str) -> Source:

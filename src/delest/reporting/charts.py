@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -72,7 +71,7 @@ def curve_chart(run: Run, metrics: Sequence[dict[str, Any]]) -> Figure | None:
     if judged:
         scale = 100 if words.is_share(run.metric) else 1
         scores = [(epoch, scale * score) for epoch, score in _pairs(validation, run.metric)]
-        data.append(marks.curve(html.escape(words.metric_words(run.metric)), scores, "@good", marked=True, yaxis="y2"))
+        data.append(marks.curve(marks.label(words.metric_words(run.metric)), scores, "@good", marked=True, yaxis="y2"))
     data.append(marks.curve("learning rate", _thinned(train, "rate", mean=False), "@ink3", width=1.5, yaxis="y3", fill=True))
     data = [trace for trace in data if trace["x"]]
     losses = [value for trace in data if trace["yaxis"] == "y" for value in trace["y"]]
@@ -162,7 +161,7 @@ def _comparison(
 
 
 def _names(candidates: Sequence[Candidate]) -> list[str]:
-    return [html.escape(candidate.name) for candidate in candidates]
+    return [marks.label(candidate.name) for candidate in candidates]
 
 
 def _colors(shrunk: Shrunk, candidates: Sequence[Candidate]) -> list[str]:
@@ -183,7 +182,7 @@ def _curve_layout(run: Run, losses: Sequence[float], end: float, decay: float | 
     for axis, (title, domain) in panels.items():
         layout[axis] = marks.axis(domain=list(domain), nticks=5)
         place: dict[str, Any] = {"xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
-        layout["annotations"].append(marks.note(0, domain[1], html.escape(title), **place))
+        layout["annotations"].append(marks.note(0, domain[1], marks.label(title), **place))
     if ticks:
         layout["yaxis"] |= {"type": "log", "tickvals": ticks, "tickformat": "~g"}
     if judged and words.is_share(run.metric):
@@ -206,7 +205,7 @@ def _mark_ending(layout: dict[str, Any], run: Run, end: float, decay: float | No
         return
     place: dict[str, Any] = {"yref": "paper", "xanchor": "right", "yanchor": "middle"}
     layout["shapes"].append(marks.line(x=end, color="@ink3"))
-    layout["annotations"].append(marks.note(end, 0.92, f"ended by {html.escape(run.stopped_by)} ", **place))
+    layout["annotations"].append(marks.note(end, 0.92, f"ended by {marks.label(run.stopped_by)} ", **place))
     if run.stopped_by != "epochs" and decay is not None:
         layout["shapes"].append(marks.line(x=decay, color="@warn"))
         layout["annotations"].append(marks.note(decay, 0.05, "decay starts ", **place))

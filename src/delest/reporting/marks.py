@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Sequence
 from typing import Any
 
 FONT = '-apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+LONGEST = 24  # characters of a name in a chart
 
 
 def curve(
@@ -59,6 +61,11 @@ def whiskers(names: Sequence[str], values: Sequence[float], lows: Sequence[float
 def dots(names: Sequence[str], values: Sequence[float], color: str | list[str], size: int = 10) -> dict[str, Any]:
     base = {"type": "scatter", "mode": "markers", "y": list(names), "x": list(values), "showlegend": False, "hoverinfo": "skip"}
     return base | {"marker": {"size": size, "color": color}}
+
+
+def label(text: str) -> str:
+    """A name as Plotly takes it, which reads tags; long ones are cut so that the chart keeps its room."""
+    return html.escape(text if len(text) <= LONGEST else text[: LONGEST - 1] + "…", quote=False)
 
 
 def labels(names: Sequence[str], ends: Sequence[float], texts: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Records as plain text for the terminal: a verdict line, then tables, at most 100 columns wide."""
+"""Records as plain text for the terminal: a verdict line, then tables at most 100 columns wide."""
 
 from __future__ import annotations
 

@@ -64,7 +64,8 @@ def ratio_words(before: float, after: float, less: str, more: str, same: str) ->
     """ "3.9 times smaller", "1.2 times larger" or, within 5 %, the words for equality."""
     if before <= 0 or after <= 0 or 1 / SAME < before / after < SAME:
         return same
-    return f"{before / after:.2g} times {less}" if before > after else f"{after / before:.2g} times {more}"
+    ratio, what = (before / after, less) if before > after else (after / before, more)
+    return f"{f'{ratio:.1f}'.removesuffix('.0') if ratio < 9.95 else f'{ratio:,.0f}'} times {what}"
 
 
 def headline_score(run: Run) -> tuple[str, float] | None:

@@ -32,11 +32,15 @@ def paired_bound(reference_rows: NDArray, candidate_rows: NDArray, higher_is_bet
     return Bound(drop=drop, upper=drop + _Z * spread, rows=rows, disagreeing=float((worse != 0).mean()))
 
 
-def resampled_bound(metric: Metric, reference: Evaluation, candidate: Evaluation, *, resamples: int = 1000, seed: int = 0) -> Bound:
+def resampled_bound(
+    metric: Metric, reference: Evaluation, candidate: Evaluation, *, resamples: int = 1000, seed: int = 0
+) -> Bound:
     """The same bound for a metric of all rows together (AUC, F1, RMSE): the 95th percentile of its drop over bootstrap
     resamples of the rows. Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """
-    assert reference.outputs is not None and candidate.outputs is not None and reference.targets is not None
+    assert reference.outputs is not None
+    assert candidate.outputs is not None
+    assert reference.targets is not None
     sign = 1.0 if metric.higher_is_better else -1.0
     random = np.random.default_rng(seed)
     rows = len(reference.targets)
@@ -60,9 +64,9 @@ def resampled_bound(metric: Metric, reference: Evaluation, candidate: Evaluation
 def bound_drop(metric: Metric, reference: Evaluation, candidate: Evaluation) -> Bound | None:
     """The bound that suits the metric; None where nothing was judged (the metric is the loss of the job's own step)."""
     assert np.array_equal(reference.index, candidate.index)
-    if reference.rows is not None and candidate.rows is not None and math.isclose(reference.score, reference.rows.mean()):
+    if reference.rows is not None and candidate.rows is not None and _are_means(reference, candidate):
         return paired_bound(reference.rows, candidate.rows, metric.higher_is_better)
-    if reference.outputs is None or candidate.outputs is None or reference.targets is None:
+    if metric.name == "loss" or reference.outputs is None or candidate.outputs is None or reference.targets is None:
         return None
     return resampled_bound(metric, reference, candidate)
 
@@ -79,9 +83,15 @@ def rows_needed(bound: Bound, max_drop: float) -> int | None:
     return max(1, math.ceil(bound.rows * ((bound.upper - bound.drop) / (max_drop - bound.drop)) ** 2))
 
 
+def _are_means(*evaluations: Evaluation) -> bool:
+    """Whether scores are means over rows as they are: RMSE has rows, but takes a root at the end."""
+    return all(each.rows is not None and math.isclose(each.score, each.rows.mean()) for each in evaluations)
+
+
 def _answers(evaluation: Evaluation) -> NDArray:
     """What a row is judged by: the chosen class, or the value."""
-    assert evaluation.outputs is not None and evaluation.targets is not None
+    assert evaluation.outputs is not None
+    assert evaluation.targets is not None
     outputs = evaluation.outputs
     if outputs.ndim == 2 and outputs.shape[1] > 1:
         return outputs.argmax(1)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,8 @@ from delest.records.shrunk import Candidate, Shrunk
 from delest.shrinking.acceptance import judge
 from delest.shrinking.confidence import bound_drop
 from delest.shrinking.parity import LIMIT, largest_difference
-from delest.training.evaluate import Evaluation, evaluate
+from delest.shrinking.quantize import quantize
+from delest.training.evaluate import evaluate
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,29 +48,37 @@ class _Work:
     preprocessing: Preprocessing
     metric: Metric
     name: str
+    max_drop: float
     threads: int
+    reduce_range: bool
     say: Callable[[str], None]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def judging(self) -> Feed:
         """The rows that candidates are judged by: selection, or validation where there is none."""
-        return next((self.feeds[role] for role in ("selection", "validation", "train") if role in self.feeds and len(self.feeds[role])))
+        roles = (role for role in ("selection", "validation", "train") if role in self.feeds and len(self.feeds[role]))
+        return self.feeds[next(roles)]
+
+    def network(self, name: str) -> Path:
+        """Where the bare network of a candidate is."""
+        return self.folder / f"{name}.onnx"
+
+    def bundle(self, name: str, network: str, weights: Mapping[str, NDArray] | None = None) -> Model:
+        """Write a bundle around the network of a candidate and open it."""
+        folder = self.folder / name
+        write_bundle(
+            folder, self.network(network), self.preprocessing, name=self.name, metric=self.metric.name, weights=weights
+        )
+        return load(folder, threads=self.threads)
 
     @contextmanager
     def stage(self, name: str, words: str) -> Iterator[None]:
         """Announce a stage and add up its time."""
         self.say(words)
         begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
-
-    def bundle(self, name: str, network: Path, weights: Mapping[str, NDArray] | None = None) -> Model:
-        """Write a bundle around a network and open it."""
-        write_bundle(self.folder / name, network, self.preprocessing, name=self.name, metric=self.metric.name, weights=weights)
-        return load(self.folder / name, threads=self.threads)
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
 
 def shrink_run(
@@ -91,12 +99,13 @@ def shrink_run(
 ) -> Shrunk:
     """Write `bundle/` (fp32, with `weights`) and `shrunk/` (what ships, with `architecture.json` and `shrink.json`) in a run folder.
 
-    `feeds` by role: train calibrates int8, selection decides, test is read once for what ships. int8 ships where the one-sided 95 %
-    bound on its drop of `metric` is at most `max_drop` (in the metric's unit) and it is smaller or faster as measured here. Both folders appear
-    when everything is done; a crash leaves those that were there. The session is left as it was. `threads` are ONNX Runtime's;
-    the session computes with as many as it was set to.
+    `feeds` by role: train calibrates int8, selection decides, test is read once for what ships. int8 ships where the
+    one-sided 95 % bound on its drop of `metric` is at most `max_drop` (in the metric's unit) and it is smaller or faster as measured
+    here. Both folders appear when everything is done; a crash leaves those that were there. The session is left as it was.
+    `threads` are ONNX Runtime's; the session computes with as many as it was set to.
 
-    Raises `CheckFailed` where the exported model does not answer like the trained one, `BadInput` where it cannot be exported.
+    Raises `CheckFailed` where the exported model does not answer like the trained one, `BadInput` where it cannot be
+    exported, `DiskFull`.
     """
     temporary = folder / f".shrink.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -108,14 +117,16 @@ def shrink_run(
         preprocessing=preprocessing,
         metric=metric,
         name=name,
+        max_drop=max_drop,
         threads=threads,
+        reduce_range=reduce_range,
         say=say,
     )
     try:
-        shrunk, layers = _shrink(work, backend, weights, max_drop, reduce_range, batch_sizes)
-        shrunk = replace(shrunk, path=folder / "shrunk")
-        storage.write_json(temporary / "shrunk" / "architecture.json", {"form": shrunk.shipped, "int8_layers": layers})
-        storage.write_json(temporary / "shrunk" / "shrink.json", shrunk)
+        models = {"fp32": _export(work, backend, weights)}
+        layers, fault = _quantize(work, models)
+        candidates = _measure(work, models, fault, batch_sizes)
+        shrunk = _ship(work, candidates, layers, folder / "shrunk")
         replace_folder(temporary / "fp32", folder / "bundle")
         replace_folder(temporary / "shrunk", folder / "shrunk")
     finally:
@@ -123,54 +134,164 @@ def shrink_run(
     return shrunk
 
 
-def _shrink(
-    work: _Work,
-    backend: Backend,
-    weights: Mapping[str, NDArray] | None,
-    max_drop: float,
-    reduce_range: bool,
-    batch_sizes: Sequence[int],
-) -> tuple[Shrunk, list[str]]:
-    """All stages inside the temporary folder; the record (its path to be set) and the names of the layers in int8."""
-    networks = {name: work.folder / f"{name}.onnx" for name in ("fp32", "int8")}
-    batch = next(work.judging.ordered())
+def _export(work: _Work, backend: Backend, weights: Mapping[str, NDArray] | None) -> Model:
+    """The fp32 bundle, checked against the trained model on real rows."""
     with work.stage("exporting", "exporting the trained model to ONNX"):
-        backend.export(work.session, _take(batch.inputs, 2), networks["fp32"])
-        models = {"fp32": work.bundle("fp32", networks["fp32"], weights)}
+        inputs = next(iter(work.judging.ordered())).inputs
+        backend.export(work.session, _take(inputs, 2), work.network("fp32"))
+        model = work.bundle("fp32", "fp32", weights)
     with work.stage("checking", "checking that the exported model answers like the trained one"):
-        parity = _check_parity(work, models["fp32"])
-    with work.stage("quantising", "quantising to int8"):
-        layers, fault = _quantize(work, networks, reduce_range)
-        if fault is None:
-            models["int8"] = work.bundle("int8", networks["int8"])
-    with work.stage("evaluating", f"judging on {len(work.judging):,} rows that took no part in training"):
-        evaluations = {"torch": evaluate(work.session, work.judging, work.metric)}
-        evaluations.update({name: evaluate(model, work.judging, work.metric) for name, model in models.items()})
+        difference = largest_difference(work.session, model, work.judging)
+    if not difference <= LIMIT:
+        raise errors.CheckFailed(
+            f"the exported model does not answer like the trained one: they differ by up to {difference:.3g}, {LIMIT:g} is allowed. "
+            "No bundle was written; the trained model is kept. A model that draws random numbers in evaluation, or keeps state "
+            "between calls, is the usual cause."
+        )
+    return model
+
+
+def _quantize(work: _Work, models: dict[str, Model]) -> tuple[list[str], str]:
+    """Add the int8 bundle to `models`; its layers in int8, or none and the reason why there is no such form."""
+    train = work.feeds["train"]
+    chosen = train.index[np.linspace(0, len(train) - 1, min(_CALIBRATION_ROWS, len(train))).astype(np.int64)]
+    batches = Feed(train.source, chosen, work.preprocessing, batch_size=_CALIBRATION_BATCH).ordered()
+    with work.stage("quantising", f"quantising to int8, calibrated on {len(chosen):,} training rows"):
+        try:
+            layers = quantize(
+                work.network("fp32"),
+                (_by_name(batch.inputs) for batch in batches),
+                work.network("int8"),
+                reduce_range=work.reduce_range,
+            )
+            if not layers:
+                return [], "it has no convolution or matrix product whose weights could be int8"
+            models["int8"] = work.bundle("int8", "int8")
+        except errors.DelestError:
+            raise
+        except Exception as error:  # of the quantiser, of any kind: the fp32 form is there and ships
+            return (
+                [],
+                f"ONNX Runtime cannot quantise this network ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})",
+            )
+    return layers, ""
+
+
+def _measure(work: _Work, models: Mapping[str, Model], fault: str, batch_sizes: Sequence[int]) -> dict[str, Candidate]:
+    """Each form with its accuracy, size, latency and, for int8, the verdict."""
+    with work.stage("evaluating", f"judging on {len(work.judging):,} rows"):
+        trained = evaluate(work.session, work.judging, work.metric)
+        evaluations = {name: evaluate(model, work.judging, work.metric) for name, model in models.items()}
     with work.stage("timing", "measuring the time of an answer"):
         timings = {size: _time(work, models, size) for size in batch_sizes}
-    candidates = {"torch": _candidate(work, "torch", None, evaluations, timings)}
-    for name, network in networks.items():
-        if name in models:
-            candidates[name] = _candidate(work, name, network, evaluations, timings)
-    candidates["fp32"] = replace(candidates["fp32"], parity=parity, why="answers like the trained model, without PyTorch")
+
+    def latencies(name: str) -> dict[str, Any]:
+        return {
+            "latency_seconds": {size: timing[name][0] for size, timing in timings.items()},
+            "latency_spread": {size: timing[name][1:] for size, timing in timings.items()},
+        }
+
+    candidates = {
+        "torch": Candidate(
+            name="torch",
+            runtime="PyTorch eager",
+            file_bytes=None,
+            weights_bytes=sum(array.nbytes for array in work.session.weights().values()),
+            selection=_finite(trained.metrics(work.metric)),
+            why="the trained model",
+            **latencies("torch"),
+        )
+    }
+    for name, model in models.items():
+        candidates[name] = Candidate(
+            name=name,
+            runtime="ONNX Runtime",
+            file_bytes=(model.folder / "model.onnx").stat().st_size,
+            weights_bytes=_weights_bytes(work.network(name)),
+            selection=_finite(evaluations[name].metrics(work.metric)),
+            bound=None if work.judging is work.feeds["train"] else bound_drop(work.metric, trained, evaluations[name]),
+            parity=largest_difference(work.session, model, work.judging),
+            why="answers like the trained model, without PyTorch",
+            **latencies(name),
+        )
     if "int8" in candidates:
-        kept, why = judge(candidates["int8"], candidates["fp32"], max_drop, decided_on_training=work.judging is work.feeds.get("train"))
-        difference = largest_difference(work.session, models["int8"], work.judging)
-        candidates["int8"] = replace(candidates["int8"], kept=kept, why=why, parity=difference)
+        kept, why = judge(candidates["int8"], candidates["fp32"], work.max_drop)
+        candidates["int8"] = replace(candidates["int8"], kept=kept, why=why)
     else:
-        candidates["int8"] = _without_form("int8", fault or "")
-    work.say(f"int8 {'ships' if candidates['int8'].kept else 'is rejected'}: {candidates['int8'].why}")
-    shipped = "int8" if candidates["int8"].kept else "fp32"
+        candidates["int8"] = _missing("int8", fault)
+    return candidates
+
+
+def _ship(work: _Work, candidates: Mapping[str, Candidate], layers: list[str], place: Path) -> Shrunk:
+    """Build what will be moved to `place`, and judge it on the test rows, which decided nothing."""
+    int8 = candidates["int8"]
+    work.say(f"int8 {'ships' if int8.kept else 'is rejected'}: {int8.why}")
+    shipped = "int8" if int8.kept else "fp32"
+    model = work.bundle("shrunk", shipped)
     with work.stage("evaluating", f"judging what ships ({shipped}) on the test rows"):
-        test = _test(work, work.bundle("shrunk", networks[shipped]))
+        test = work.feeds.get("test")
+        metrics = evaluate(model, test, work.metric).metrics(work.metric) if test is not None and len(test) else {}
     shrunk = Shrunk(
-        path=work.folder,
+        path=place,
         shipped=shipped,
         metric=work.metric.name,
-        max_drop=max_drop,
+        max_drop=work.max_drop,
         candidates=tuple(candidates.values()),
-        test=test,
+        test=_finite(metrics),
         seconds=work.seconds,
         threads=work.threads,
     )
-    return shrunk, layers if shipped == "int8" else []
+    changed = {"form": shipped, "int8_layers": layers if shipped == "int8" else []}
+    storage.write_json(model.folder / "architecture.json", changed)
+    storage.write_json(model.folder / "shrink.json", shrunk)
+    return shrunk
+
+
+def _time(work: _Work, models: Mapping[str, Model], size: int) -> dict[str, tuple[float, float, float]]:
+    """Median and quartiles of one call on `size` rows, all forms taking turns."""
+    prepared = _take(next(iter(work.judging.ordered())).inputs, size)
+    raw = _take(next(iter(work.judging.raw())).inputs, size)
+    calls: dict[str, Callable[[], object]] = {"torch": lambda: work.session.predict(prepared)}
+    for name, model in models.items():
+        calls[name] = lambda model=model: model.predict(raw)  # type: ignore[misc]
+    return time_alternating(calls)
+
+
+def _take(inputs: Any, rows: int) -> Any:
+    """The first rows of a batch's inputs, repeated where there are fewer."""
+    if isinstance(inputs, Mapping):
+        return {name: _take(array, rows) for name, array in inputs.items()}
+    if isinstance(inputs, tuple):
+        return tuple(_take(array, rows) for array in inputs)
+    return inputs[np.arange(rows) % len(inputs)]
+
+
+def _by_name(inputs: Any) -> dict[str, NDArray]:
+    """A batch's inputs by the names that the export gives them."""
+    if isinstance(inputs, Mapping):
+        return dict(inputs)
+    return {f"x{place}": array for place, array in enumerate(inputs)} if isinstance(inputs, tuple) else {"x": inputs}
+
+
+def _weights_bytes(network: Path) -> int:
+    return sum(numpy_helper.to_array(weight).nbytes for weight in onnx.load(network).graph.initializer)
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics that were computed: a bundle knows nothing of a job's own loss."""
+    return {name: value for name, value in metrics.items() if np.isfinite(value)}
+
+
+def _missing(name: str, why: str) -> Candidate:
+    """A form that could not be made."""
+    return Candidate(
+        name=name,
+        runtime="ONNX Runtime",
+        file_bytes=None,
+        weights_bytes=0,
+        latency_seconds={},
+        latency_spread={},
+        selection={},
+        kept=False,
+        why=why,
+    )

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from delest import errors, job as jobs, processes
-from delest.verbs.workplace import Workplace, open_workplace, preprocessing_json
+from delest.verbs.workplace import Workplace, check_batch, open_workplace, preprocessing_json
 
 if TYPE_CHECKING:
     from delest.records.hardware import Diagnosis
@@ -48,6 +48,7 @@ def plan_workplace(place: Workplace, *, memory: str | int | None, device: str | 
     from delest.hardware import machine
     from delest.planning import search
 
+    check_batch(place)
     started = time.monotonic()
     say.stage("plan: trying the job on two rows and probing a few steps in a process of its own")
     here = machine.describe()

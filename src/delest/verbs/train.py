@@ -15,7 +15,7 @@ from delest.records.form import read_json
 from delest.records.plan import Plan
 from delest.records.run import Best, Run
 from delest.verbs.look import plan_workplace
-from delest.verbs.workplace import Workplace, backend, open_workplace, preprocessing_json
+from delest.verbs.workplace import Workplace, backend, check_batch, open_workplace, preprocessing_json
 
 if TYPE_CHECKING:
     from delest.training.loop import Trainer
@@ -172,6 +172,7 @@ def _plan(place: Workplace, settings: Settings, folder: Path, say: Progress) -> 
     given = settings.plan
     if given is None:
         return plan_workplace(place, memory=settings.memory, device=settings.device, threads=settings.threads, say=say)
+    check_batch(place)
     plan = given if isinstance(given, Plan) else read_json(Plan, Path(given))
     if plan.batch_size != place.job.batch_size:
         raise errors.BadInput(f"the plan is for a batch of {plan.batch_size} rows, the job has {place.job.batch_size}: make a new plan.")

@@ -96,10 +96,6 @@ def open_workplace(job: Job, say: Progress, folder: Path | None = None) -> Workp
     if faults or source is None:
         raise errors.BadInput(faults)
     splits = split(source, job.split, job.seed)
-    if job.batch_size > len(splits["train"]):
-        raise errors.BadInput(
-            f"the batch of {job.batch_size} rows is larger than the {len(splits['train'])} training rows: give --batch-size {len(splits['train'])} or less."
-        )
     if folder is None:
         preprocessing = fit_preprocessing(source, splits["train"])
     else:
@@ -110,6 +106,15 @@ def open_workplace(job: Job, say: Progress, folder: Path | None = None) -> Workp
     if len(source.left_out) > 5:
         say.note(f"and {len(source.left_out) - 5} more left out")
     return Workplace(job, source, splits, preprocessing, {"inspecting": time.monotonic() - started})
+
+
+def check_batch(place: Workplace) -> None:
+    """Raise `BadInput` where a batch would need more rows than there are to train on."""
+    rows = len(place.splits["train"])
+    if place.job.batch_size > rows:
+        raise errors.BadInput(
+            f"the batch of {place.job.batch_size} rows is larger than the {rows} training rows: give --batch-size {rows} or less."
+        )
 
 
 def _mismatches(job: Job, source: Any) -> list[str]:

@@ -84,8 +84,9 @@ def _check_backward(session: TorchSession, batch: Batch) -> list[str]:
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         shape = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
         return [f"the {what} gives {shape}; it must give one number, the mean over the batch."]
-    if not math.isfinite(float(loss)):
-        return [f"the {what} is {float(loss)} on the first two rows: look at the data's range and the model's initial weights."]
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        return [f"the {what} is {value} on the first two rows: look at the data's range and the model's initial weights."]
     if not any(parameter.requires_grad for parameter in session.model.parameters()):
         return ["the model has no parameter to train: all are frozen, or it has none."]
     try:

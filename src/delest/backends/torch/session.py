@@ -116,9 +116,9 @@ class TorchSession:
                 yield from (self._judge(part) for part in _split(self.tensors(batch), -(-batch.count // self.evaluation_rows)))
 
     def predict(self, inputs: Any) -> Any:
-        """Outputs for inputs as the model receives them (NumPy), in evaluation mode, NumPy."""
+        """Outputs for inputs as the model receives them (NumPy), in evaluation mode and fp32 as an export has them, NumPy."""
         with self._evaluating():
-            return _numpy(self.forward(self._to_tensor(inputs)))
+            return _numpy(self._answer(self._to_tensor(inputs)))
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -137,7 +137,10 @@ class TorchSession:
     def forward(self, inputs: Any) -> Any:
         """What evaluation judges, for inputs as tensors: the job's `predict`, or the model's output."""
         with self._precision():
-            return self.job.predict(self.model, inputs) if self.job.predict else models.call(self.model, inputs)
+            return self._answer(inputs)
+
+    def _answer(self, inputs: Any) -> Any:
+        return self.job.predict(self.model, inputs) if self.job.predict else models.call(self.model, inputs)
 
     def _judge(self, batch: Batch) -> Outputs:
         if self.job.step is None:

@@ -1,0 +1,42 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# Two workers on two cores: more threads in each would only wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check bench clean
+
+help:  ## show the targets
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.venv: $(READY)  ## the virtual environment with all that development needs
+
+# torch comes first and pinned: another package's wish for plain "torch" would fetch a build of several gigabytes.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## train, shrink and report on 10,000 handwritten digits
+	$(BIN)/delest run examples/digits.py
+
+test: $(READY)  ## the core tests
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY)  ## all tests, every example whole
+	$(PYTEST)
+
+check: $(READY)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## measure every figure that is promised, into benchmarks/results
+	@set -e; for file in $$(grep -l '^if __name__' benchmarks/*.py); do echo "== $$file"; $(BIN)/python $$file; done
+
+clean:  ## remove the virtual environment and what tools leave behind; runs stay
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
