@@ -36,26 +36,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shrinking": FLOOR | {"data", "bundle", "backends", "training", "footprint"},
     "reporting": FLOOR,
     "cli": FLOOR | {"verbs", "reporting"},
+    "__main__": {"cli"},
 }
-MAY_IMPORT["frameworks"] = set(MAY_IMPORT) - {"cli"}
-MAY_IMPORT["verbs"] = set(MAY_IMPORT) - {"cli"}
+MAY_IMPORT["frameworks"] = set(MAY_IMPORT) - {"cli", "__main__"}
+MAY_IMPORT["verbs"] = set(MAY_IMPORT) - {"cli", "__main__"}
 
 FRAMEWORKS = {"torch", "torchao", "torch_pruning", "tensorflow", "jax", "keras", "lightning", "transformers"}
 NO_FRAMEWORK = {*FLOOR, "data", "bundle", "methods", "planning", "training", "reporting", "cli"}
-HEAVY = FRAMEWORKS | {
-    "numpy",
-    "pydantic",
-    "polars",
-    "pyarrow",
-    "pandas",
-    "onnx",
-    "onnxruntime",
-    "PIL",
-    "plotly",
-    "jinja2",
-    "rich",
-    "psutil",
-}
+HEAVY = FRAMEWORKS | {"numpy", "pydantic", "polars", "pyarrow", "onnx", "onnxruntime", "PIL", "plotly", "jinja2", "rich"}
 
 
 def room_of(module: str) -> str:

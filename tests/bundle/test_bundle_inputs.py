@@ -127,7 +127,7 @@ def test_codes_that_look_like_numbers_stay_text(bundle, tmp_path):
     path.write_text("code,n,y\n" + "\n".join(lines))
     model, feed = bundle(table_network(1, 1), path, target="y")
     whole = np.concatenate([model.predict(batch.inputs) for batch in feed.raw()])
-    (tmp_path / "few.csv").write_text("code,n\n" + "\n".join(lines[i] for i in range(30) if i % 3 < 2))  # none is plainly text
+    (tmp_path / "few.csv").write_text("code,n,y\n" + "\n".join(lines[i] for i in range(30) if i % 3 < 2))  # none is plainly text
     answers = [answer["value"] for answer in predict_rows(model, [tmp_path / "few.csv"])]
     np.testing.assert_allclose(answers, [whole[i] for i in range(30) if i % 3 < 2], rtol=1e-6)
 

@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from delest.data import Preprocessing, fit_preprocessing, open_source, preprocessing
 from delest.records.form import from_json, to_json

@@ -4,8 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from delest import errors
 from delest.data import fingerprints, open_source, packing
@@ -84,10 +83,15 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
         file.write(b"abc")
         assert not (tmp_path / "whole").exists()
     assert (tmp_path / "whole").read_bytes() == b"abc"
-    with pytest.raises(errors.DiskFull), packing.written_atomically(tmp_path / "half") as file:
+    with pytest.raises(errors.DiskFull):
+        write_until_full(tmp_path / "half")
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def write_until_full(path):
+    with packing.written_atomically(path) as file:
         file.write(b"abc")
         raise OSError(28, "No space left on device")
-    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
 def test_room_for_a_pack(monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 
 from delest import errors
-from delest.data import open_source, split
+from delest.data import open_source, split, tables
 from delest.job import Split
 
 CSV = """age,town,member,joined,price,userId,bought
@@ -71,6 +71,16 @@ def test_parquet_and_other_separators_give_the_same(tmp_path, source):
             np.testing.assert_array_equal(other.read(np.arange(4))[column], values)
 
 
+@pytest.mark.parametrize(
+    ("early", "late", "kind"), [("3", "2.5", "number"), ("3", "many", "category"), ("2020-01-01", "soon", "category")]
+)
+def test_columns_that_change_their_type_further_down(tmp_path, monkeypatch, early, late, kind):
+    monkeypatch.setattr(tables, "_LOOKED_AT_ROWS", 2)
+    text = "a,y\n" + f"{early},0\n" * 5 + f"{late},1\n"
+    column = open_source(written(tmp_path / "d.csv", text)).schema.inputs[0]
+    assert (column.kind, column.missing) == (kind, 0)
+
+
 def test_targets_of_tables(tmp_path):
     rows = "\n".join(f"{i},{i / 7},{i},{i % 3}" for i in range(80))
     path = written(tmp_path / "d.csv", "x,price,count,grade\n" + rows)
@@ -108,13 +118,20 @@ def test_columns_that_cannot_be_used(tmp_path):
     bad(tmp_path / "e.parquet", "no usable input column", "'tags'")
 
 
-def test_data_frames():
-    data = {"a": [1.0, None, 3.0], "town": ["x", None, "y"], "y": [0, 1, 0]}
-    first = open_source(pl.DataFrame(data), target="y")
-    second = open_source(pytest.importorskip("pandas").DataFrame(data), target="y")
-    for source in (first, second):
-        assert [column.missing for column in source.schema.inputs] == [1, 1]
-        assert source.read(np.arange(3))["town"].tolist() == [1, 0, 2]
+FRAME = {"a": [1.0, None, 3.0], "town": ["x", None, "y"], "y": [0, 1, 0]}
+
+
+def check_frame(source):
+    assert [column.missing for column in source.schema.inputs] == [1, 1]
+    assert source.read(np.arange(3))["town"].tolist() == [1, 0, 2]
+
+
+def test_polars_data_frames():
+    check_frame(open_source(pl.DataFrame(FRAME), target="y"))
+
+
+def test_pandas_data_frames():
+    check_frame(open_source(pytest.importorskip("pandas").DataFrame(FRAME), target="y"))
 
 
 def test_columns_to_split_by_are_no_input(tmp_path):

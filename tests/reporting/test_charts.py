@@ -54,7 +54,7 @@ def test_curves_hold_every_evaluation_and_mark_best_decay_and_end():
     assert trace(figure, "best")["y"] == [pytest.approx(97.9)]
     assert [shape["x0"] for shape in figure["layout"]["shapes"]] == [10.0, 8.0]
     notes = [note["text"].strip() for note in figure["layout"]["annotations"]]
-    assert {"ended by plateau", "decay starts"} <= set(notes)
+    assert {"ended: plateau", "decay starts"} <= set(notes)
     assert figure["layout"]["yaxis"]["type"] == "log"  # from 2 down to 0.05
 
 
@@ -119,6 +119,14 @@ def test_a_form_that_is_better_than_the_trained_model_stays_inside_the_chart():
     low, high = charts.drop_chart(replace(shrunk, candidates=(*shrunk.candidates[:2], better)))["layout"]["xaxis"]["range"]
     assert low < -0.4
     assert high > 0.5
+
+
+def test_long_names_are_cut_and_titles_are_not():
+    run = samples.digits_run(FOLDER, metric="m" * 60)
+    figure = charts.curve_chart(run, samples.digits_metrics("m" * 60))
+    notes = [note["text"] for note in figure["layout"]["annotations"]]
+    assert "m" * 23 + "…" in notes
+    assert "learning rate, share of its highest" in notes
 
 
 def test_names_in_charts_are_escaped():

@@ -93,9 +93,9 @@ def test_a_rejected_form_says_why(tmp_path):
 def test_an_unfinished_table_run_without_test_rows_plan_or_shrinking_reads_well(tmp_path):
     html = houses(tmp_path)
     seen = plain(html)
-    assert "Interrupted after 4.8 epochs, resumable: rmse 31,250, trained in 2.5 s." in seen
+    assert "Interrupted after 4.8 epochs, resumable: RMSE 31,250, trained in 2.5 s." in seen
     assert "Measured on 800 validation rows, which decided when to stop; there are no test rows." in seen
-    assert "Validation rmse 31,250" in seen
+    assert "Validation RMSE 31,250" in seen
     assert "row 17: price is missing" in seen
     assert "has no file: call delest.train(job)" in seen
     for absent in ("Before and after", "Memory: predicted", "Decisions", "Use the model", "None", "classes"):
@@ -260,6 +260,14 @@ def test_charts_draw_silently_without_a_network(tab, tmp_path):
         assert chart["height"] > 50, chart
     assert tab.evaluate("document.title") == "digits: 98.2 % accuracy on 1,000 test rows"
     assert tab.evaluate("document.documentElement.lang") == "en"
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("1", pytest.fail.Exception), ("", pytest.skip.Exception)])
+def test_without_chromium_tests_skip_unless_they_must_not(monkeypatch, ci, outcome):
+    monkeypatch.setattr(browser, "CHROMIUM", "/nowhere/chromium")
+    monkeypatch.setenv("DELEST_CI", ci)
+    with pytest.raises(outcome, match="apt-get install chromium"):
+        browser.require_chromium()
 
 
 def test_the_browser_driver_notices_requests_and_messages(tab, tmp_path):

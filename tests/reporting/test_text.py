@@ -7,7 +7,7 @@ import pytest
 
 from delest.records.hardware import Check, Diagnosis
 from delest.records.plan import Plan
-from delest.records.shrunk import Candidate, Shrunk
+from delest.records.shrunk import Bound, Candidate, Shrunk
 from delest.reporting import text, words
 from reporting import samples
 
@@ -117,12 +117,13 @@ def test_a_run_opens_with_quality_time_and_memory():
     )
     assert row(output, "best").endswith("epoch 9, step 495: validation accuracy 97.9 %")
     assert row(output, "predicted peak").endswith("518 MiB (504 MiB to 546 MiB), 31 ms a step")
+    assert row(output, "time") == "time            47 s: inspecting 0.60 s, planning 3.1 s, training 41 s, evaluating 1.8 s"
     assert row(output, "files").endswith(str(FOLDER))
 
 
 def test_a_run_without_test_rows_says_that_validation_speaks():
     assert first(text.run_text(samples.houses_run(FOLDER))) == (
-        "interrupted after 4.8 epochs, resumable: rmse 31,250 on 800 validation rows (no test rows), trained in 2.5 s"
+        "interrupted after 4.8 epochs, resumable: RMSE 31,250 on 800 validation rows (no test rows), trained in 2.5 s"
     )
 
 
@@ -163,6 +164,25 @@ def test_a_rejected_form_gives_its_reason():
     assert first(output).startswith("fp32 ships: the same size, 1.2 times faster at batch 1")
     assert row(output, "int8").endswith("no")
     assert "its bound of 0.7 points is above the 0.5 that were promised" in output
+
+
+def test_a_bound_without_any_difference_is_not_called_a_proof():
+    shrunk = samples.digits_shrunk(FOLDER, shipped="fp32")
+    output = text.shrunk_text(shrunk)
+    assert first(output) == "fp32 ships: the same size, 1.2 times faster at batch 1, the same accuracy on all 1,000 rows"
+    assert "no row differs" in row(output, "fp32")
+
+
+def test_timings_that_overlap_are_not_called_faster():
+    shrunk = samples.digits_shrunk(FOLDER)
+    restless = replace(shrunk.candidates[2], latency_spread={1: (0.0003, 0.00065), 32: (0.006, 0.007)})
+    assert "as fast at batch 1" in first(text.shrunk_text(replace(shrunk, candidates=(*shrunk.candidates[:2], restless))))
+
+
+def test_a_bound_that_could_not_be_computed_is_said_to_be_unknown():
+    shrunk = samples.digits_shrunk(FOLDER)
+    blind = replace(shrunk.candidates[2], bound=Bound(drop=0.01, upper=float("nan"), rows=2, disagreeing=1.0))
+    assert row(text.shrunk_text(replace(shrunk, candidates=(*shrunk.candidates[:2], blind))), "int8").endswith("unknown  ships")
 
 
 def test_shipping_the_trained_model_itself_claims_nothing():

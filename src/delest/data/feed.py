@@ -49,19 +49,24 @@ class Feed:
     @property
     def steps(self) -> int:
         """Batches an epoch."""
-        whole, rest = divmod(len(self.index), self.batch_size)
-        return whole + (rest >= self.world)
+        return sum(1 for part in self._parts(self.index) if len(part) >= self.world)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """Batches of one epoch in its own order, from `start` samples on; the last may be smaller."""
         order = self.index[np.random.Generator(np.random.PCG64([self.seed, number])).permutation(len(self.index))]
-        parts = [order[place : place + self.batch_size] for place in range(start, len(order), self.batch_size)]
-        mine = [part[self.rank :: self.world] for part in parts if len(part) >= self.world]
+        mine = [part[self.rank :: self.world] for part in self._parts(order[start:]) if len(part) >= self.world]
         for rows, index in self._reads(mine):
             inputs = augment_inputs(
                 self.preprocessing.inputs(rows), self.augment, self.source.schema, seed=self.seed, epoch=number, index=index
             )
             yield Batch(inputs, self.preprocessing.targets(rows), index, number, len(index))
+
+    def _parts(self, order: NDArray[int64]) -> list[NDArray[int64]]:
+        """Whole batches and what is left; a single row that is left joins the batch before it, since a normalisation
+        over the batch cannot train on one row."""
+        size = self.batch_size
+        cuts = list(range(size, len(order) - (1 if size > 1 and len(order) > size else 0), size))
+        return np.split(order, cuts) if len(order) else []
 
     def ordered(self) -> Iterator[Batch]:
         """All rows (of this rank) once, in order and not augmented: for evaluation."""

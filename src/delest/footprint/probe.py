@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import math
 import statistics
 import time
 from dataclasses import replace
@@ -91,7 +90,7 @@ def _probe(job: Job, plan: Plan, schema: Schema, batch: Batch, result: dict[str,
     evaluation = _peak(plan.device) - idle
     del session
     _release()
-    return {"rows": batch.count, "first": first, "steady": steady, "evaluation": evaluation, "seconds": statistics.median(seconds[1:])}
+    return {"rows": batch.count, "first": first, "steady": steady, "evaluation": evaluation, "seconds": min(seconds[1:])}
 
 
 class _Single:
@@ -164,8 +163,3 @@ def _peak(device: str) -> int:
         free, total = torch.cuda.mem_get_info()
         return max(total - free, torch.cuda.max_memory_reserved())
     return machine.peak_resident_bytes()
-
-
-def spread(rows: int, batch_size: int) -> int:
-    """Rows that `examine` needs of a training split for a batch size."""
-    return min(rows, max(2, min(batch_size, max(64, math.ceil(batch_size / 2)))))

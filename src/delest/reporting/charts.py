@@ -118,7 +118,11 @@ def latency_chart(shrunk: Shrunk, batch: int) -> Figure:
 
 def drop_chart(shrunk: Shrunk) -> Figure | None:
     """How much worse each form is than the trained model: mean and 95 % bound, beside what was promised."""
-    bounded = [(candidate, candidate.bound) for candidate in shrunk.candidates if candidate.bound is not None]
+    bounded = [
+        (candidate, candidate.bound)
+        for candidate in shrunk.candidates
+        if candidate.bound and math.isfinite(candidate.bound.upper)
+    ]
     if not bounded:
         return None
     scale = 100 if words.is_share(shrunk.metric) else 1
@@ -127,9 +131,9 @@ def drop_chart(shrunk: Shrunk) -> Figure | None:
     uppers = [scale * bound.upper for _, bound in bounded]
     promised = scale * shrunk.max_drop
     dots = marks.dots(names, drops, _colors(shrunk, [candidate for candidate, _ in bounded]))
-    labels = [words.format_drop(shrunk.metric, bound.upper) for _, bound in bounded]
+    labels = [words.upper_words(shrunk.metric, bound) for _, bound in bounded]
     low, high = min(0.0, *drops), max(0.0, promised, *uppers)
-    margin = (high - low or 1.0) * 0.28
+    margin = (high - low or 1.0) * 0.3
     layout = marks.layout(
         56 + 34 * len(names),
         "Drop against the trained model, with its bound and the promise",
@@ -176,13 +180,13 @@ def _curve_layout(run: Run, losses: Sequence[float], end: float, decay: float | 
     ticks = marks.ticks_1_2_5(losses) if losses and min(losses) > 0 and max(losses) > 20 * min(losses) else None
     panels = {"yaxis": ("loss, logarithmic" if ticks else "loss", (0.6, 0.96) if judged else (0.3, 0.96))}
     if judged:
-        panels["yaxis2"] = (words.metric_words(run.metric), (0.22, 0.5))
+        panels["yaxis2"] = (marks.label(words.metric_words(run.metric)), (0.22, 0.5))
     panels["yaxis3"] = ("learning rate, share of its highest", (0.0, 0.1))
     layout["annotations"] = []
     for axis, (title, domain) in panels.items():
         layout[axis] = marks.axis(domain=list(domain), nticks=5)
         place: dict[str, Any] = {"xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom"}
-        layout["annotations"].append(marks.note(0, domain[1], marks.label(title), **place))
+        layout["annotations"].append(marks.note(0, domain[1], title, **place))
     if ticks:
         layout["yaxis"] |= {"type": "log", "tickvals": ticks, "tickformat": "~g"}
     if judged and words.is_share(run.metric):
@@ -204,15 +208,16 @@ def _mark_ending(layout: dict[str, Any], run: Run, end: float, decay: float | No
     if run.stopped_by is None:
         return
     place: dict[str, Any] = {"yref": "paper", "xanchor": "right", "yanchor": "middle"}
+    ended = "all epochs run" if run.stopped_by == "epochs" else f"ended: {marks.label(run.stopped_by)}"
     layout["shapes"].append(marks.line(x=end, color="@ink3"))
-    layout["annotations"].append(marks.note(end, 0.92, f"ended by {marks.label(run.stopped_by)} ", **place))
+    layout["annotations"].append(marks.note(end, 0.92, f"{ended} ", **place))
     if run.stopped_by != "epochs" and decay is not None:
         layout["shapes"].append(marks.line(x=decay, color="@warn"))
         layout["annotations"].append(marks.note(decay, 0.05, "decay starts ", **place))
 
 
 def _best_point(run: Run, validation: Sequence[dict[str, Any]], judged: bool) -> dict[str, Any] | None:
-    if run.best is None or not validation:
+    if run.best is None or not validation or not math.isfinite(run.best.score):
         return None
     scale = 100 if judged and words.is_share(run.metric) else 1
     return {
@@ -222,7 +227,7 @@ def _best_point(run: Run, validation: Sequence[dict[str, Any]], judged: bool) ->
         "mode": "markers+text",
         "marker": {"size": 13, "color": "@surface", "line": {"color": "@good" if judged else "@accent", "width": 3}},
         "text": [f"best {words.format_metric(run.metric, run.best.score)}"],
-        "textposition": "bottom center" if run.higher_is_better else "top center",
+        "textposition": f"{'bottom' if run.higher_is_better else 'top'} {'left' if run.best.epoch > 0.85 * run.epochs else 'center'}",
         "textfont": {"color": "@ink"},
         "cliponaxis": False,
         "hoverinfo": "skip",

@@ -46,10 +46,11 @@ def render(run: Run, *, metrics: list[dict[str, Any]], shrunk: Shrunk | None, ha
     )
     environment.filters |= {
         "count": "{:,}".format,
-        "figure": lambda value: f"{value:.4g}" if isinstance(value, int | float) else "–",
+        "figure": lambda value: words.format_number(value) if isinstance(value, int | float) else "–",
         "size": format_bytes,
         "time": format_seconds,
         "words": words.metric_words,
+        "opened": words.opened,
         "scores": words.scores_words,
     }
     figures = _figures(run, metrics, shrunk)
@@ -115,7 +116,7 @@ def _headline(run: Run, shrunk: Shrunk | None) -> str:
     sentence = ": ".join(part for part in (status, ", ".join(parts)) if part) or run.status
     if shrunk is not None and (gains := words.gain_words(shrunk)):
         sentence += f"; {shrunk.shipped} ships, {' and '.join(gains)}"
-    return f"{sentence[0].upper()}{sentence[1:]}."
+    return words.opened(sentence) + "."
 
 
 def _lead(run: Run, shrunk: Shrunk | None) -> str:
@@ -133,8 +134,9 @@ def _lead(run: Run, shrunk: Shrunk | None) -> str:
         always = "the most frequent class" if run.data.classes else "the mean"
         sentences.append(f"Always answering {always} would score {base}.")
     if shrunk is not None:
-        bound = words.bound_words(shrunk)
-        sentences.append(f"What ships keeps {bound}, at 95 % confidence." if bound else "No smaller form was kept.")
+        after, bound = words.shipped(shrunk), words.bound_words(shrunk)
+        sure = ", at 95 % confidence" if after and after.bound and words.differs(after.bound) else ""
+        sentences.append(f"What ships keeps {bound}{sure}." if bound else "No smaller form was kept.")
     return " ".join(sentences)
 
 
@@ -150,11 +152,11 @@ def _card(label: str, value: str, *notes: str | None) -> dict[str, Any]:
 def _score_card(run: Run) -> dict[str, Any]:
     headline = words.headline_score(run)
     if headline is None:
-        return _card(words.metric_words(run.metric).capitalize(), "–", "nothing evaluated yet")
+        return _card(words.opened(words.metric_words(run.metric)), "–", "nothing evaluated yet")
     split, score = headline
     validation = run.validation.get(run.metric)
     beside = f"validation {words.format_metric(run.metric, validation)}" if split == "test" and validation is not None else None
-    return _card(f"{split} {words.metric_words(run.metric)}".capitalize(), words.format_metric(run.metric, score), beside)
+    return _card(words.opened(f"{split} {words.metric_words(run.metric)}"), words.format_metric(run.metric, score), beside)
 
 
 def _time_card(run: Run) -> dict[str, Any]:
@@ -225,7 +227,7 @@ def _curve_words(run: Run, metrics: list[dict[str, Any]]) -> str:
     elif reason:
         sentences.append(f"Training ended at epoch {run.epochs:.4g}: {reason}.")
     if preview := words.preview_words(run):
-        sentences.append(f"{preview[0].upper()}{preview[1:]} for the whole run.")
+        sentences.append(words.opened(f"{preview} for the whole run."))
     return " ".join(sentences)
 
 
@@ -235,10 +237,20 @@ def _form(shrunk: Shrunk, candidate: Candidate) -> dict[str, Any]:
         "candidate": candidate,
         "bytes": words.stored_bytes(candidate),
         "score": words.format_metric(shrunk.metric, candidate.selection.get(shrunk.metric), 2),
-        "drop": candidate.bound and words.format_drop(shrunk.metric, candidate.bound.drop),
-        "upper": candidate.bound and words.format_drop(shrunk.metric, candidate.bound.upper),
+        "upper": _upper(shrunk, candidate),
         "outcome": "ships" if ships else "kept" if candidate.kept else "rejected",
     }
+
+
+def _upper(shrunk: Shrunk, candidate: Candidate) -> tuple[str, str] | None:
+    """How much worse a form can be, and what that rests on."""
+    bound = candidate.bound
+    if bound is None:
+        return None
+    if not words.differs(bound):
+        return words.upper_words(shrunk.metric, bound), f"of {bound.rows:,}"
+    unit = " points" if words.is_share(shrunk.metric) else ""
+    return words.upper_words(shrunk.metric, bound) + unit, f"{words.format_drop(shrunk.metric, bound.drop)} on average"
 
 
 def _decision(row: dict[str, Any]) -> dict[str, str]:

@@ -109,8 +109,8 @@ def run_text(run: Run) -> str:
         (split, words.scores_words(scores)) for split, scores in (("validation", run.validation), ("test", run.test)) if scores
     )
     if run.seconds:
-        stages = ", ".join(f"{stage} {format_seconds(seconds)}" for stage, seconds in run.seconds.items())
-        facts.append(("time", stages))
+        stages = ", ".join(f"{stage} {format_seconds(seconds)}" for stage, seconds in run.seconds.items() if stage != "wall")
+        facts.append(("time", f"{format_seconds(words.whole_seconds(run))}: {stages}"))
     if preview := words.preview_words(run):
         facts.append(("preview", preview))
     if run.plan is not None and run.plan.predicted is not None:
@@ -138,7 +138,7 @@ def shrunk_text(shrunk: Shrunk) -> str:
             format_bytes(words.stored_bytes(candidate)),
             *(_or_blank(format_seconds, candidate.latency_seconds.get(batch)) for batch in batches),
             words.format_metric(shrunk.metric, candidate.selection.get(shrunk.metric), 2),
-            "" if candidate.bound is None else words.format_drop(shrunk.metric, candidate.bound.upper),
+            "" if candidate.bound is None else words.upper_words(shrunk.metric, candidate.bound),
             "ships" if candidate.name == shrunk.shipped else "yes" if candidate.kept else "no",
         )
         for candidate in shrunk.candidates
@@ -211,7 +211,9 @@ def _columns(summary: Summary) -> str:
             str(column.get("dtype", "")),
             f"{column.get('missing') or 0:,}",
             ", ".join(
-                f"{key} {column[key]:.4g}" for key in ("mean", "std", "low", "high") if isinstance(column.get(key), int | float)
+                f"{key} {words.format_number(column[key])}"
+                for key in ("mean", "std", "low", "high")
+                if isinstance(column.get(key), int | float)
             ),
         )
         for column in summary.columns[:MANY]

@@ -8,7 +8,7 @@ from delest.records.footprint import Footprint
 from delest.records.hardware import Hardware
 from delest.records.plan import Plan
 from delest.records.run import Run
-from delest.records.shrunk import Candidate, Shrunk
+from delest.records.shrunk import Bound, Candidate, Shrunk
 from delest.units import format_bytes, format_seconds
 
 STOPPED = {
@@ -17,6 +17,7 @@ STOPPED = {
     "time": "the time budget was spent",
     "target": "the target was reached",
 }
+ABBREVIATIONS = {"auc": "AUC", "f1": "F1", "mae": "MAE", "mse": "MSE", "r2": "R²", "rmse": "RMSE"}
 SAME = 1.05  # ratios nearer to 1 than this are called equal: a timing repeats no better
 
 
@@ -31,20 +32,30 @@ def is_share(metric: str) -> bool:
 
 
 def metric_words(metric: str) -> str:
-    return metric.replace("_", " ") or "score"
+    return ABBREVIATIONS.get(metric) or metric.replace("_", " ") or "score"
+
+
+def opened(sentence: str) -> str:
+    """With a capital at its beginning, the rest as it is."""
+    return sentence[:1].upper() + sentence[1:]
 
 
 def format_metric(metric: str, value: float | None, digits: int = 1) -> str:
     """A metric's value: per cent for shares, four significant digits for all else."""
     if value is None or not math.isfinite(value):
         return "not measured" if value is None else "not finite"
-    if is_share(metric):
-        return f"{100 * value:.{digits}f} %"
+    return f"{100 * value:.{digits}f} %" if is_share(metric) else format_number(value)
+
+
+def format_number(value: float) -> str:
+    """Four significant digits; whole with separators from a thousand on."""
     return f"{value:,.0f}" if 1_000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def format_drop(metric: str, value: float) -> str:
     """A difference of two values of a metric: percentage points without their unit for shares."""
+    if not math.isfinite(value):
+        return "unknown"
     return f"{100 * value:.2f}".rstrip("0").rstrip(".") if is_share(metric) else f"{value:.3g}"
 
 
@@ -164,16 +175,24 @@ def stored_bytes(candidate: Candidate) -> int:
 
 
 def gain_words(shrunk: Shrunk) -> list[str]:
-    """What shipping gains over the trained model: size and, at the smallest measured batch, speed."""
+    """What shipping changes from the trained model: size and, at the smallest measured batch, speed."""
     before, after = reference(shrunk), shipped(shrunk)
     if before is None or after is None or before is after:
         return []
     gains = [ratio_words(stored_bytes(before), stored_bytes(after), "smaller", "larger", "the same size")]
     shared = sorted(before.latency_seconds.keys() & after.latency_seconds.keys())
     if shared:
-        speed = ratio_words(before.latency_seconds[shared[0]], after.latency_seconds[shared[0]], "faster", "slower", "as fast")
-        gains.append(f"{speed} at batch {shared[0]}")
+        gains.append(f"{_speed_words(before, after, shared[0])} at batch {shared[0]}")
     return gains
+
+
+def _speed_words(before: Candidate, after: Candidate, batch: int) -> str:
+    """The ratio of medians, unless the quartiles overlap: then the machine was too restless to tell them apart."""
+    one, other = before.latency_seconds[batch], after.latency_seconds[batch]
+    first, second = before.latency_spread.get(batch, (one, one)), after.latency_spread.get(batch, (other, other))
+    if first[0] <= second[1] and second[0] <= first[1]:
+        return "as fast"
+    return ratio_words(one, other, "faster", "slower", "as fast")
 
 
 def bound_words(shrunk: Shrunk) -> str | None:
@@ -181,9 +200,21 @@ def bound_words(shrunk: Shrunk) -> str | None:
     after = shipped(shrunk)
     if after is None or after.bound is None:
         return None
+    metric, promised = metric_words(shrunk.metric), format_drop(shrunk.metric, shrunk.max_drop)
+    if not differs(after.bound):
+        return f"the same {metric} on all {format_count(after.bound.rows, 'row')}"
     unit = " points" if is_share(shrunk.metric) else ""
-    within = format_drop(shrunk.metric, max(0.0, after.bound.upper))
-    return f"{metric_words(shrunk.metric)} within {within}{unit} (promised {format_drop(shrunk.metric, shrunk.max_drop)})"
+    return f"{metric} within {format_drop(shrunk.metric, max(0.0, after.bound.upper))}{unit} (promised {promised})"
+
+
+def differs(bound: Bound) -> bool:
+    """Whether any compared row differs; where none does, the bound is 0 by its formula and proves nothing by itself."""
+    return bound.disagreeing > 0 or bound.upper > 0
+
+
+def upper_words(metric: str, bound: Bound) -> str:
+    """The confidence bound, or that there was no difference to compute one from."""
+    return format_drop(metric, bound.upper) if differs(bound) else "no row differs"
 
 
 def shrunk_verdict(shrunk: Shrunk) -> str:

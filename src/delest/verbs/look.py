@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from delest import errors, job as jobs, processes
-from delest.verbs.workplace import Workplace, check_batch, open_workplace, preprocessing_json
+from delest.verbs.workplace import Workplace, backend, check_batch, open_workplace, preprocessing_json
 
 if TYPE_CHECKING:
     from delest.records.hardware import Diagnosis
@@ -57,7 +56,7 @@ def plan_workplace(place: Workplace, *, memory: str | int | None, device: str | 
     probe = _examine(place, threads=used, device=device or "auto")
     if probe["faults"]:
         raise errors.BadInput(probe["faults"])
-    idle = _idle_bytes() if probe["device"] == "cpu" else probe["idle_bytes"]
+    idle = machine.resident_bytes() if probe["device"] == "cpu" else probe["idle_bytes"]
     free = machine.describe().available_bytes + machine.resident_bytes()
     chosen = search.choose(
         place.job,
@@ -73,10 +72,10 @@ def plan_workplace(place: Workplace, *, memory: str | int | None, device: str | 
 
 
 def _examine(place: Workplace, *, threads: int, device: str) -> Any:
-    # Importing torch takes seconds; this process needs it too, and does it while the child works.
-    importing = threading.Thread(target=importlib.import_module, args=("delest.backends.torch",), daemon=True)
+    # Loading the framework takes seconds; this process needs it too, and does it while the child works.
+    warming = threading.Thread(target=lambda: backend(place.job).warm(), daemon=True)
     if place.job.origin is not None:
-        importing.start()
+        warming.start()
     rows = min(len(place.splits["train"]), max(2, place.job.batch_size // 2, min(64, place.job.batch_size)))
     probe = processes.call(
         "delest.footprint.probe:examine",
@@ -86,17 +85,6 @@ def _examine(place: Workplace, *, threads: int, device: str) -> Any:
         threads=threads,
         device=device,
     )
-    if importing.ident is not None:
-        importing.join()
+    if warming.ident is not None:
+        warming.join()
     return probe
-
-
-def _idle_bytes() -> int:
-    """Resident bytes of this process with everything loaded that training needs."""
-    import torch
-
-    from delest.backends.torch.session import TorchSession  # noqa: F401
-    from delest.hardware import machine
-
-    torch.ones(64, 64) @ torch.ones(64, 64)  # starts the thread pools
-    return machine.resident_bytes()

@@ -1,0 +1,82 @@
+"""Every example runs as its docstring says; small where it is large."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(folder: Path, *arguments: str) -> dict:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DELEST_CACHE": str(folder / "cache"), "TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, "-m", "delest", "run", *arguments, "--json"], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert (folder / answer["path"] / "report.html").exists()
+    return answer
+
+
+def test_digits_small(tmp_path):
+    answer = run(tmp_path, str(EXAMPLES / "digits.py"), "--rows", "1500", "--epochs", "4")
+    assert answer["test"]["accuracy"] > 0.8
+    assert answer["data"]["rows"] == 1500
+
+
+@pytest.mark.slow
+def test_digits_whole(tmp_path):
+    answer = run(tmp_path, str(EXAMPLES / "digits.py"))
+    assert answer["test"]["accuracy"] >= 0.975
+    shrunk = json.loads((tmp_path / answer["path"] / "shrunk" / "shrink.json").read_text())
+    fp32 = next(candidate for candidate in shrunk["candidates"] if candidate["name"] == "fp32")
+    int8 = next(candidate for candidate in shrunk["candidates"] if candidate["name"] == "int8")
+    assert fp32["weights_bytes"] / int8["file_bytes"] >= 3.5
+
+
+def test_table(tmp_path):
+    answer = run(tmp_path, str(EXAMPLES / "table.py"))
+    assert answer["test"]["auc"] > 0.85
+
+
+def photograph(label: int, random: np.random.Generator) -> dict:
+    pixels = np.full((32, 32, 3), 40 + 20 * label) + random.integers(-30, 30, (32, 32, 3))
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer := io.BytesIO(), "JPEG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_hub_parquet(path: Path, rows: int, seed: int) -> None:
+    """Images as the Hugging Face hub lays them out, with class names in the schema's metadata."""
+    random, labels = np.random.default_rng(seed), [i % 10 for i in range(rows)]
+    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    features = {"img": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    schema = pa.schema([("img", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())])
+    schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    table = pa.table({"img": [photograph(label, random) for label in labels], "label": labels}, schema=schema)
+    pq.write_table(table, path)
+
+
+def test_cifar10_on_a_folder_of_its_layout(tmp_path):
+    (tmp_path / "photos").mkdir()
+    write_hub_parquet(tmp_path / "photos" / "train.parquet", 900, 0)
+    write_hub_parquet(tmp_path / "photos" / "test.parquet", 200, 1)
+    answer = run(tmp_path, str(EXAMPLES / "cifar10.py"), "--data", str(tmp_path / "photos"), "--rows", "600", "--epochs", "2")
+    assert answer["data"]["rows"] == 600
+    assert list(answer["data"]["classes"])[:3] == ["airplane", "automobile", "bird"]
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1 << 20  # KiB: below 1 GiB resident
+
+
+def test_cifar10_without_its_folder_says_how_to_name_it(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "delest", "run", str(EXAMPLES / "cifar10.py")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "cifar10 does not exist" in done.stderr

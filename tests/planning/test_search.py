@@ -1,0 +1,108 @@
+"""The choice of the micro-batch and of what a probe saw gain, from figures given by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from delest import errors
+from delest.job import Job, Recipe
+from delest.planning import search
+
+MIB = 1 << 20
+
+
+def probe(**changes):
+    """100 MiB idle here; a model of 10 MiB; 1 MiB a row."""
+    sample = lambda rows: {"rows": rows, "first": (10 + rows) * MIB, "steady": (12 + rows) * MIB, "evaluation": (10 + rows // 4) * MIB, "seconds": rows * 1e-3}  # noqa: E731
+    base = {
+        "idle_bytes": 90 * MIB,
+        "base_bytes": 10 * MIB,
+        "samples": [sample(32), sample(64)],
+        "variants": {},
+        "batch_statistics": False,
+        "parameters": 10,
+        "weights_bytes": 4 * MIB,
+        "state_bytes": 12 * MIB,
+        "device": "cpu",
+    }
+    return {**base, **changes}
+
+
+def choose(budget_mib, probed=None, asked=True, **job):
+    given = Job(data="unused", model=int, batch_size=128, **job)
+    return search.choose(given, probed or probe(), budget_bytes=budget_mib * MIB, asked=asked, idle_bytes=100 * MIB, threads=2, isolated=True)
+
+
+def test_a_line_through_two_sizes_is_extrapolated():
+    plan = choose(10_000)
+    assert plan.micro_batch == 128
+    assert plan.predicted.phases["steady_step"] == (100 + 12 + 128) * MIB
+    assert plan.predicted.peak_bytes == 240 * MIB
+    assert plan.predicted.low_bytes < 240 * MIB < plan.predicted.high_bytes
+    assert plan.predicted.step_seconds == pytest.approx(0.128)
+    assert plan.config("micro_batch") is None
+
+
+def test_a_smaller_budget_splits_and_keeps_the_effective_batch():
+    plan = choose(200)
+    assert plan.predicted.high_bytes <= 200 * MIB
+    assert plan.micro_batch < 128
+    assert plan.batch_size == 128
+    assert plan.choices[-1].keeps == "rounding"
+    assert plan.choices[-1].saved_bytes == plan.plain.peak_bytes - plan.predicted.peak_bytes
+    assert "batch.split(" in plan.code
+
+
+def test_the_fewest_parts_that_fit_are_taken():
+    plan = choose(200)
+    parts = -(-128 // plan.micro_batch)
+    costs = search.Costs(100 * MIB, probe())
+    larger = -(-128 // (parts - 1))
+    assert costs.footprint(larger, 128, 0.1, "cpu", True).high_bytes > 200 * MIB
+
+
+def test_splitting_a_batch_that_is_normalised_over_changes_its_distribution_and_leaves_two_rows():
+    probed = probe(batch_statistics=True)
+    assert choose(200, probed).choices[-1].keeps == "distribution"
+    with pytest.raises(errors.NothingFits, match="with 2 rows at a time"):
+        choose(110, probed)
+
+
+def test_nothing_fits_names_a_budget_that_does():
+    with pytest.raises(errors.NothingFits) as raised:
+        choose(120)
+    smallest = -(-raised.value.smallest_bytes // MIB)
+    assert raised.value.exit_status == 3
+    assert f"--memory {smallest}MiB" in str(raised.value)
+    assert choose(smallest).predicted.high_bytes <= smallest * MIB
+    with pytest.raises(errors.NothingFits):
+        choose(smallest - 1)
+
+
+def test_gradients_of_earlier_parts_are_counted():
+    costs = search.Costs(100 * MIB, probe())
+    assert costs.phases(64, 128)["steady_step"] - costs.phases(64, 64)["steady_step"] == 4 * MIB
+
+
+@pytest.mark.parametrize(("seconds", "chosen"), [(0.8, True), (0.97, False), (1.5, False)])
+def test_a_variant_is_chosen_only_where_it_gains(seconds, chosen):
+    plan = choose(10_000, probe(variants={"memory_format": {"plain": 1.0, "with": seconds}}))
+    assert (plan.config("memory_format") is not None) == chosen
+    assert any(rejection.method == "memory_format" for rejection in plan.rejected) != chosen
+
+
+def test_what_the_recipe_asks_for_is_followed():
+    plan = choose(10_000, recipe=Recipe(precision="bf16", memory_format="channels_last"))
+    assert [choice.method for choice in plan.choices] == ["memory_format", "precision"]
+    assert [choice.keeps for choice in plan.choices] == ["rounding", "changed"]
+
+
+def test_a_budget_nobody_asked_for_is_not_guarded():
+    assert choose(10_000, asked=False).memory_bytes is None
+
+
+def test_one_probed_size_is_extrapolated_from_the_built_model():
+    probed = probe()
+    probed["samples"] = probed["samples"][:1]
+    costs = search.Costs(100 * MIB, probed)
+    assert costs.phases(64, 64)["steady_step"] > costs.phases(32, 64)["steady_step"]

@@ -1,0 +1,45 @@
+from dataclasses import replace
+
+import pytest
+
+from delest.records.shrunk import Bound, Candidate
+from delest.shrinking.acceptance import judge
+
+PLAIN = Candidate(
+    name="fp32",
+    runtime="ONNX Runtime",
+    file_bytes=1000,
+    weights_bytes=900,
+    latency_seconds={1: 0.010, 32: 0.100},
+    latency_spread={1: (0.009, 0.011), 32: (0.095, 0.105)},
+    selection={"accuracy": 0.9},
+)
+SMALLER = replace(
+    PLAIN, name="int8", file_bytes=400, bound=Bound(drop=0.001, upper=0.003, rows=1000, disagreeing=0.01), selection={"accuracy": 0.899}
+)
+SLOW = {"latency_seconds": {1: 0.012, 32: 0.100}, "latency_spread": {1: (0.0115, 0.0125), 32: (0.095, 0.105)}}
+FAST = {"latency_seconds": {1: 0.010, 32: 0.050}, "latency_spread": {1: (0.009, 0.011), 32: (0.048, 0.052)}}
+NOISY = {"latency_seconds": {1: 0.010, 32: 0.090}, "latency_spread": {1: (0.009, 0.011), 32: (0.070, 0.110)}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept", "why"),
+    [
+        ({}, True, "file 2.5 times smaller"),
+        (FAST, True, "file 2.5 times smaller; 2.00 times faster at batch 32"),
+        ({**FAST, "file_bytes": 990}, True, "2.00 times faster at batch 32"),
+        (SLOW, True, "file 2.5 times smaller; 1.20 times slower at batch 1"),
+        ({"file_bytes": 960}, False, "neither 5% smaller nor"),
+        ({**NOISY, "file_bytes": 960}, False, "faster at batch 1 or 32"),
+        ({"file_bytes": 950}, True, "file 1.1 times smaller"),
+        ({"bound": None}, False, "nothing says how accurate it is"),
+        ({"bound": Bound(drop=0.02, upper=0.03, rows=1000, disagreeing=0.03)}, False, "it loses 0.02 on average and up to 0.03"),
+        ({"bound": Bound(drop=0.001, upper=0.009, rows=1000, disagreeing=0.03)}, False, "about 4,000 selection rows"),
+        ({"bound": Bound(drop=0.0, upper=0.0, rows=100, disagreeing=0.0)}, False, "no row differs on 100 rows"),
+        ({"bound": Bound(drop=0.0, upper=0.0, rows=400, disagreeing=0.0)}, True, "file 2.5 times smaller"),
+    ],
+)
+def test_a_form_ships_where_it_is_proven_and_pays(changes, kept, why):
+    found, reason = judge(replace(SMALLER, **changes), PLAIN, 0.005)
+    assert found is kept
+    assert why in reason
