@@ -42,7 +42,19 @@ def measure(rival: str, seed: int, data: Path) -> dict[str, Any]:
     """Wall seconds of one whole process and the accuracy on the 2,000 test rows."""
     with tempfile.TemporaryDirectory() as folder:
         if rival == OURS:
-            command = [sys.executable, "-m", "delest", "train", str(HERE / "digits_job.py"), "--seed", str(seed), "--out", f"{folder}/run", "--json", "--quiet"]
+            command = [
+                sys.executable,
+                "-m",
+                "delest",
+                "train",
+                str(HERE / "digits_job.py"),
+                "--seed",
+                str(seed),
+                "--out",
+                f"{folder}/run",
+                "--json",
+                "--quiet",
+            ]
         else:
             command = [sys.executable, str(HERE / "digits_rivals.py"), rival, "--data", str(data), "--seed", str(seed)]
         started = time.perf_counter()

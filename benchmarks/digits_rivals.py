@@ -21,7 +21,7 @@ from digits_job import Net
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from delest.backends.torch.optimizers import DEFAULT_LR, DEFAULT_DECAY, groups_of
+from delest.backends.torch.optimizers import DEFAULT_DECAY, DEFAULT_LR, groups_of
 from delest.job import Recipe
 from delest.training.schedules import Schedule
 
@@ -69,7 +69,9 @@ def train_with_our_recipe(train: Digits, test: Digits) -> float:
     recipe, model = Recipe(), Net()
     cut = round(len(train) * 0.9)  # validation and selection rows, as delest keeps them
     order = torch.randperm(len(train)).numpy()
-    kept, held = (Digits(train.images[part], train.labels[part]) for part in (order[:cut], order[cut : (cut + len(train)) // 2]))
+    kept, held = (
+        Digits(train.images[part], train.labels[part]) for part in (order[:cut], order[cut : (cut + len(train)) // 2])
+    )
     loader, validating = DataLoader(kept, BATCH, shuffle=True), DataLoader(held, 1000)
     lr = DEFAULT_LR["adamw"]
     optimizer = torch.optim.AdamW(groups_of(model, DEFAULT_DECAY["adamw"]), lr=lr)
@@ -111,7 +113,13 @@ def train_lightning(train: Digits, test: Digits) -> float:
 
     module = Module()
     trainer = lightning.Trainer(
-        max_epochs=EPOCHS, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0
+        max_epochs=EPOCHS,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
     )
     trainer.fit(module, DataLoader(train, BATCH, shuffle=True), DataLoader(test, 1000))
     return module.correct / len(test)

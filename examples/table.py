@@ -27,8 +27,12 @@ def write_table(path: Path, rows: int = 4000) -> Path:
     score = 1.4 * np.log(income / debt) + np.where(region == "south", 0.9, -0.3) + np.where(purpose == "studies", 0.8, 0.0)
     repaid = random.random(rows) < 1 / (1 + np.exp(-2.5 * score))
     known = random.random(rows) > 0.1  # one income in ten is missing
-    table = pl.DataFrame({"income": income, "debt": debt, "region": region, "purpose": purpose, "repaid": np.where(repaid, "yes", "no")})
-    table.with_columns(pl.when(pl.Series(known)).then("income").alias("income")).write_csv(unfinished := path.with_suffix(".part"))
+    table = pl.DataFrame(
+        {"income": income, "debt": debt, "region": region, "purpose": purpose, "repaid": np.where(repaid, "yes", "no")}
+    )
+    table.with_columns(pl.when(pl.Series(known)).then("income").alias("income")).write_csv(
+        unfinished := path.with_suffix(".part")
+    )
     return unfinished.rename(path)
 
 

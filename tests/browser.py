@@ -157,15 +157,25 @@ class Page:
 @contextlib.contextmanager
 def page() -> Iterator[Page]:
     """A tab of a fresh Chromium with an empty profile; the browser ends with the block."""
-    profile = tempfile.mkdtemp(prefix="delest-chromium-")
+    folder = tempfile.mkdtemp(prefix="delest-chromium-")
     command_out, command_in = os.pipe()
     answer_out, answer_in = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, str(command_out), str(answer_in), CHROMIUM, *FLAGS, f"--user-data-dir={profile}"],
+        [
+            sys.executable,
+            "-c",
+            LAUNCHER,
+            str(command_out),
+            str(answer_in),
+            CHROMIUM,
+            *FLAGS,
+            f"--user-data-dir={folder}/profile",
+        ],
         pass_fds=(command_out, answer_in),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": folder},  # a killed browser leaves its temporary files
         start_new_session=True,
     )
     os.close(command_out)
@@ -178,7 +188,7 @@ def page() -> Iterator[Page]:
         process.wait()
         os.close(command_in)
         os.close(answer_out)
-        shutil.rmtree(profile, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def screenshot(path: Path, out_png: Path, width: int = 1280, *, dark: bool = False) -> None:

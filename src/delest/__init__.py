@@ -15,9 +15,18 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
-    from delest.data import synthetic
-    from delest.job import Job, Recipe, Split
-    from delest.verbs import doctor, inspect, plan, predict, report, run, shrink, train
+    from delest.data import synthetic as synthetic
+    from delest.job import Job as Job, Recipe as Recipe, Split as Split
+    from delest.verbs import (
+        doctor as doctor,
+        inspect as inspect,
+        plan as plan,
+        predict as predict,
+        report as report,
+        run as run,
+        shrink as shrink,
+        train as train,
+    )
 
 
 def __getattr__(name: str) -> Any:

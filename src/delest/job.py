@@ -43,7 +43,9 @@ class Split:
 
     def faults(self) -> list[str]:
         shares = {name: getattr(self, name) for name in ("train", "validation", "selection", "test")}
-        found = [f"split: {name} is {share}; a share lies between 0 and 1." for name, share in shares.items() if not 0 <= share <= 1]
+        found = [
+            f"split: {name} is {share}; a share lies between 0 and 1." for name, share in shares.items() if not 0 <= share <= 1
+        ]
         if not found and not 0.999 <= sum(shares.values()) <= 1.001:
             found.append(f"split: the shares add up to {sum(shares.values()):g}; they must make 1.")
         if not self.train > 0:
@@ -153,7 +155,9 @@ class Job:
                 "(`model=MyNet`, not `model=MyNet()`), so that runs start alike and child processes can build it."
             )
         elif _is_module(self.model):
-            found.append("model is a built network: give the function or class that builds it (`model=MyNet`, not `model=MyNet()`).")
+            found.append(
+                "model is a built network: give the function or class that builds it (`model=MyNet`, not `model=MyNet()`)."
+            )
         return found
 
     @property
@@ -257,9 +261,7 @@ def takes_schema(factory: Callable[..., Any]) -> bool:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):
         return False
-    return any(
-        p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters
-    )
+    return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
 def _is_module(value: object) -> bool:
@@ -276,7 +278,8 @@ def _nearby(path: Path) -> str:
 def _import_file(path: Path) -> Any:
     name = f"delest_job_{path.stem}_{abs(hash(path.resolve()))}"
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     sys.path.insert(0, str(path.resolve().parent))
@@ -285,7 +288,11 @@ def _import_file(path: Path) -> Any:
     except errors.DelestError:
         raise
     except Exception as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.resolve() or frame.filename == str(path)]
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename) == path.resolve() or frame.filename == str(path)
+        ]
         line = f", line {frames[-1].lineno}" if frames else f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
         raise errors.BadInput(f"{path}{line}: {type(error).__name__}: {error}") from error
     finally:

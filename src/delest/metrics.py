@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from delest import errors
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -19,9 +21,12 @@ if TYPE_CHECKING:
 class Metric(Protocol):
     """What a metric of the user's own must offer; `rows` is None where the metric is no mean over rows."""
 
-    name: str
-    higher_is_better: bool
-    rows: Callable[[Any, Any], NDArray] | None
+    @property
+    def name(self) -> str: ...
+    @property
+    def higher_is_better(self) -> bool: ...
+    @property
+    def rows(self) -> Callable[[Any, Any], NDArray] | None: ...
 
     def init(self) -> Any: ...
     def update(self, state: Any, outputs: Any, targets: Any) -> Any: ...
@@ -73,14 +78,17 @@ class Collected:
         return self.whole(np.concatenate(outputs), np.concatenate(targets))
 
 
+def _is_single(outputs: Any) -> bool:
+    """Whether outputs are [B] or [B, 1]: the logit of class 1 of two."""
+    return outputs.ndim == 1 or outputs.shape[-1] == 1
+
+
 def _classes(outputs: Any) -> NDArray:
-    """Chosen class of each row; a single column (or a flat array) is the logit of class 1."""
+    """Chosen class of each row."""
     import numpy as np
 
     outputs = np.asarray(outputs)
-    if outputs.ndim == 1 or outputs.shape[-1] == 1:
-        return (outputs.reshape(-1) > 0).astype(np.int64)
-    return outputs.argmax(-1)
+    return (outputs.reshape(-1) > 0).astype(np.int64) if _is_single(outputs) else outputs.argmax(-1)
 
 
 def _correct(outputs: Any, targets: Any) -> NDArray:
@@ -90,6 +98,8 @@ def _correct(outputs: Any, targets: Any) -> NDArray:
 def _top5(outputs: Any, targets: Any) -> NDArray:
     import numpy as np
 
+    if _is_single(outputs):  # two classes, both among the best five
+        return np.ones(len(outputs))
     best = np.argsort(-outputs, axis=-1)[:, :5]
     return (best == np.asarray(targets)[:, None]).any(-1).astype(float)
 
@@ -107,16 +117,24 @@ def _absolute(outputs: Any, targets: Any) -> NDArray:
 
 
 def _r2(outputs: Any, targets: Any) -> float:
+    import numpy as np
+
+    targets = np.asarray(targets, dtype=np.float64)  # float32 loses the spread of values far from zero
     total = float(((targets - targets.mean()) ** 2).sum())
     return 1.0 - float(_squared(outputs, targets).sum()) / total if total else float("nan")
 
 
 def _auc(outputs: Any, targets: Any) -> float:
-    """Area under the ROC curve of two classes: the chance that a row of class 1 scores above one of class 0."""
+    """Area under the ROC curve of two classes: the chance that a row of class 1 scores above one of class 0.
+
+    Raises `BadInput` for more than two classes.
+    """
     import numpy as np
 
-    scores = outputs.reshape(-1) if outputs.ndim == 1 or outputs.shape[-1] == 1 else outputs[:, 1] - outputs[:, 0]
-    unique, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    if not _is_single(outputs) and outputs.shape[-1] > 2:
+        raise errors.BadInput(f"auc judges two classes, the model gives {outputs.shape[-1]}: use another metric, as f1.")
+    scores = outputs.reshape(-1) if _is_single(outputs) else outputs[:, 1] - outputs[:, 0]
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]  # ties share their mean rank
     positive = int((targets == 1).sum())
     negative = len(targets) - positive

@@ -1,7 +1,8 @@
 """A named function for a job, run in a fresh process: a probe that fails leaves nothing behind.
 
 The child gets its request as JSON on standard input and answers with one JSON object in a file; what it prints goes to
-standard error. The whole process tree ends when the time is up or the caller goes on.
+another, of which the end is shown where it gives no answer. The whole process tree ends when the time is up or the caller
+goes on.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from delest import errors, job as jobs
 
 
-def call(function: str, job: jobs.Job, *, timeout: float = 600.0, environment: dict[str, str] | None = None, **arguments: Any) -> Any:
+def call(
+    function: str, job: jobs.Job, *, timeout: float = 600.0, environment: dict[str, str] | None = None, **arguments: Any
+) -> Any:
     """Run `function` ("module:name") as `name(job, **arguments)` in a fresh process and return its JSON answer.
 
     A job without `origin` (a notebook's lambda) cannot be rebuilt elsewhere: the function then runs here.
@@ -31,25 +35,27 @@ def call(function: str, job: jobs.Job, *, timeout: float = 600.0, environment: d
     if job.origin is None:
         return _function(function)(job, **arguments)
     with tempfile.TemporaryDirectory(prefix="delest-") as folder:
-        answer = Path(folder, "answer.json")
-        request = {"function": function, "job": job.describe(), "arguments": arguments, "answer": str(answer)}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "delest.processes"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env={**os.environ, **(environment or {})},
-            start_new_session=True,
-        )
+        request, answer, printed = (Path(folder, name) for name in ("request.json", "answer.json", "printed.txt"))
+        asked = {"function": function, "job": job.describe(), "arguments": arguments, "answer": str(answer), "parent": os.getpid()}
+        request.write_text(json.dumps(asked))
+        # Files, not pipes: a pipe stays open, and is waited for, while anything that the child started holds it.
+        with open(request) as given, open(printed, "w") as said:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "delest.processes"],
+                stdin=given,
+                stdout=said,
+                stderr=said,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+            )
         try:
-            _, printed = process.communicate(json.dumps(request).encode(), timeout=timeout)
+            process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise errors.ProbeFailed(f"{function} did not answer within {timeout:g} s.") from None
+            raise errors.ProbeFailed(f"{function} did not answer within {timeout:g} s.{_tail(printed)}") from None
         finally:
             end_tree(process)
         if not answer.exists():
-            tail = printed.decode(errors="replace").strip().splitlines()[-12:]
-            raise errors.ProbeFailed(_how_it_ended(function, process.returncode, tail), process.returncode)
+            raise errors.ProbeFailed(_how_it_ended(function, process.returncode) + _tail(printed), process.returncode)
         reply = json.loads(answer.read_text())
     if "error" in reply:
         kind = getattr(errors, reply["error"], errors.DelestError)
@@ -67,11 +73,16 @@ def end_tree(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _how_it_ended(function: str, code: int, tail: list[str]) -> str:
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+def _how_it_ended(function: str, code: int) -> str:
+    how = f"was killed by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"ended with status {code}"
     if code == -signal.SIGKILL:
         how += " (most often: memory ran out)"
-    return f"{function} {how} before it answered." + ("\n" + "\n".join(tail) if tail else "")
+    return f"{function} {how} before it answered."
+
+
+def _tail(printed: Path) -> str:
+    """The last lines of what a child printed, on lines of their own."""
+    return "".join(f"\n{line}" for line in printed.read_text(errors="replace").strip().splitlines()[-12:])
 
 
 def _function(name: str) -> Any:
@@ -79,23 +90,20 @@ def _function(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _end_with_parent() -> None:
-    """Exit when the parent is gone, so that a killed command leaves no child computing."""
-    parent = os.getppid()
+def _end_with_parent(parent: int) -> None:
+    """End, with all that was started here, when the parent is gone: a killed command leaves nothing computing."""
 
     def watch() -> None:
-        import time
-
         while os.getppid() == parent:
             time.sleep(1.0)
-        os._exit(1)
+        os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def _main() -> None:
-    _end_with_parent()
     request = json.loads(sys.stdin.read())
+    _end_with_parent(request["parent"])
     try:
         value = _function(request["function"])(jobs.rebuild(request["job"]), **request["arguments"])
         reply = {"value": value}

@@ -58,7 +58,9 @@ def unfinished(out: str | Path | None, job: jobs.Job | None) -> Path:
         described = json.loads(path.read_text())
         if (job is None or described["origin"] == job.origin) and read(path.parent).status != "done":
             return path.parent
-    raise errors.BadInput(f"there is no unfinished run {'of this job ' if job else ''}under {ROOT.resolve()}: name its folder with --out.")
+    raise errors.BadInput(
+        f"there is no unfinished run {'of this job ' if job else ''}under {ROOT.resolve()}: name its folder with --out."
+    )
 
 
 def job_of(folder: Path, given: jobs.Job | None = None) -> jobs.Job:
@@ -74,7 +76,9 @@ def job_of(folder: Path, given: jobs.Job | None = None) -> jobs.Job:
             outer, _, inner = name.partition(".")
             before, after = (described[outer][inner], now[outer][inner]) if inner else (described[outer], now[outer])
             if before != after:
-                changed.append(f"{inner or outer} is {before} in this run, not {after}: leave the option out, or start a new run.")
+                changed.append(
+                    f"{inner or outer} is {before} in this run, not {after}: leave the option out, or start a new run."
+                )
         if changed:
             raise errors.BadInput(changed)
     if described["origin"] is None:
@@ -109,6 +113,8 @@ def _described(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise errors.BadInput(f"{folder / 'job.json'} is not valid JSON ({error}).") from None
     if described.get("format", 1) > 1:
-        raise errors.BadInput(f"{folder / 'job.json'} was written by a newer delest (format {described['format']}): upgrade delest to read it.")
+        raise errors.BadInput(
+            f"{folder / 'job.json'} was written by a newer delest (format {described['format']}): upgrade delest to read it."
+        )
     described.pop("format", None)
     return described

@@ -10,10 +10,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from delest import errors
-from delest.records.form import to_json
+from delest.records.form import to_json, to_plain
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -54,29 +54,39 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 def write_json(path: Path, record: Any) -> None:
     """Write a record or mapping as JSON with its `format`, atomically."""
-    write_atomic(path, json.dumps(to_json(record) if not isinstance(record, dict) else {"format": 1, **record}, indent=2) + "\n")
+    write_atomic(path, json.dumps(to_json(record), indent=2) + "\n")
 
 
 def append_line(path: Path, row: dict[str, Any], *, sync: bool = False) -> None:
-    """Append one JSON line; with `sync` it is on disk when this returns."""
-    with room_reported(path), open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    """Append one JSON line, in place of a half-written last one; with `sync` it is on disk when this returns."""
+    with room_reported(path), open(path, "a+b") as file:
+        _cut_half_line(file)
+        file.write(json.dumps(to_plain(row)).encode() + b"\n")
         if sync:
             file.flush()
             os.fsync(file.fileno())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file, none where it does not exist; a half-written last line is left out."""
+    """The JSON lines of a file, none where it does not exist; what follows a damaged or half-written line is left out."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().split(b"\n")[:-1]:  # a line without its end is half-written, even where it is whole JSON
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             break
     return rows
+
+
+def _cut_half_line(file: BinaryIO) -> None:
+    """Cut what a crash left of a line, which would otherwise spoil the next one."""
+    if file.seek(0, os.SEEK_END):
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def sync_folder(folder: Path) -> None:

@@ -76,7 +76,9 @@ def test_inputs_by_name_and_by_place(tmp_path, wrap):
     np.testing.assert_allclose(run(tmp_path / "named.onnx", inputs)[0], expected, atol=1e-6)
     placed = inputs["numbers"], inputs["categories"]
     export_network(network, tuple(array[:2] for array in placed), tmp_path / "placed.onnx")
-    np.testing.assert_allclose(run(tmp_path / "placed.onnx", dict(zip(("x0", "x1"), placed, strict=True)))[0], expected, atol=1e-6)
+    np.testing.assert_allclose(
+        run(tmp_path / "placed.onnx", dict(zip(("x0", "x1"), placed, strict=True)))[0], expected, atol=1e-6
+    )
 
 
 def test_several_outputs(tmp_path):

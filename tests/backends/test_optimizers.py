@@ -32,7 +32,14 @@ def test_a_tied_weight_is_in_one_group_once():
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("adamw", torch.optim.AdamW), ("SGD", torch.optim.SGD), ("adadelta", torch.optim.Adadelta), ("Rprop", torch.optim.Rprop), ("adafactor", torch.optim.Adafactor), ("lion_none", None)],
+    [
+        ("adamw", torch.optim.AdamW),
+        ("SGD", torch.optim.SGD),
+        ("adadelta", torch.optim.Adadelta),
+        ("Rprop", torch.optim.Rprop),
+        ("adafactor", torch.optim.Adafactor),
+        ("lion_none", None),
+    ],
 )
 def test_any_class_of_torch_by_name(name, kind):
     if kind is None:

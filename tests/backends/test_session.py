@@ -93,7 +93,9 @@ def test_parts_give_the_gradient_of_the_whole_batch(rows):
 def test_state_goes_round_bit_for_bit(optimizer, channels_last):
     plan = PLAN
     if channels_last:
-        plan = replace(PLAN, choices=(Choice(method="memory_format", config={"format": "channels_last"}, keeps="rounding", why=""),))
+        plan = replace(
+            PLAN, choices=(Choice(method="memory_format", config={"format": "channels_last"}, keeps="rounding", why=""),)
+        )
     images = batch(shape=(3, 8, 8))
     recipe = Recipe(optimizer=optimizer)
     first = session(convolutional, IMAGES, plan, recipe=recipe)
@@ -204,7 +206,10 @@ def test_weights_that_do_not_fit_are_named():
     weights = session().weights()
     weights["0.weight"] = weights["0.weight"][:, :4]
     weights["other"] = weights.pop("3.bias")
-    with pytest.raises(errors.BadInput, match=r"3\.bias is missing.*other is not in this model.*0\.weight has shape \(16, 4\), the model's has \(16, 6\)"):
+    with pytest.raises(
+        errors.BadInput,
+        match=r"3\.bias is missing.*other is not in this model.*0\.weight has shape \(16, 4\), the model's has \(16, 6\)",
+    ):
         session().load_weights(weights)
 
 

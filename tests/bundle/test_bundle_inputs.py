@@ -80,7 +80,10 @@ def test_grey_pixels_need_no_channel(bundle, tmp_path):
 
 
 def test_arrays_by_name(bundle, tmp_path):
-    inputs = {"left": np.ones((40, 3), np.float32) * np.arange(40, dtype=np.float32)[:, None], "right": np.zeros((40, 1), np.float32)}
+    inputs = {
+        "left": np.ones((40, 3), np.float32) * np.arange(40, dtype=np.float32)[:, None],
+        "right": np.zeros((40, 1), np.float32),
+    }
     nodes = [helper.make_node("Concat", ["left", "right"], ["output"], axis=1)]
     shapes = {"left": (TensorProto.FLOAT, [3]), "right": (TensorProto.FLOAT, [1])}
     network = make_network(nodes, shapes, {"output": (TensorProto.FLOAT, [4])}, {})
@@ -127,7 +130,9 @@ def test_codes_that_look_like_numbers_stay_text(bundle, tmp_path):
     path.write_text("code,n,y\n" + "\n".join(lines))
     model, feed = bundle(table_network(1, 1), path, target="y")
     whole = np.concatenate([model.predict(batch.inputs) for batch in feed.raw()])
-    (tmp_path / "few.csv").write_text("code,n,y\n" + "\n".join(lines[i] for i in range(30) if i % 3 < 2))  # none is plainly text
+    (tmp_path / "few.csv").write_text(
+        "code,n,y\n" + "\n".join(lines[i] for i in range(30) if i % 3 < 2)
+    )  # none is plainly text
     answers = [answer["value"] for answer in predict_rows(model, [tmp_path / "few.csv"])]
     np.testing.assert_allclose(answers, [whole[i] for i in range(30) if i % 3 < 2], rtol=1e-6)
 

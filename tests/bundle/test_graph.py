@@ -95,7 +95,10 @@ def test_arrays_are_standardised_unless_they_are_ids(bundle, dtype):
 
 def test_several_arrays_keep_their_names(bundle):
     random = np.random.default_rng(0)
-    inputs = {"left": random.normal(size=(40, 3)).astype(np.float32), "right": random.normal(size=(40, 2, 4)).astype(np.float32)}
+    inputs = {
+        "left": random.normal(size=(40, 3)).astype(np.float32),
+        "right": random.normal(size=(40, 2, 4)).astype(np.float32),
+    }
     nodes = [
         helper.make_node("ReduceMean", ["right", "axes"], ["mean"], keepdims=0),
         helper.make_node("Concat", ["left", "mean"], ["output"], axis=1),

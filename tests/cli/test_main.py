@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from delest import __version__, cli, errors
-from delest import job as jobs
+from delest import __version__, cli, errors, job as jobs
 from delest.records.hardware import Check, Diagnosis, Hardware
 from delest.records.run import Run, Summary
 

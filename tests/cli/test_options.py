@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import typer
 
-from delest import cli, errors
-from delest import job as jobs
+from delest import cli, errors, job as jobs
 from delest.cli import options
 from delest.records.form import to_json
 from delest.records.plan import Plan

@@ -135,7 +135,9 @@ def test_feeds_need_no_random_state_of_numpy():
     np.testing.assert_array_equal(np.random.get_state()[1], before)
 
 
-@pytest.mark.parametrize(("rows", "sizes"), [(33, [16, 17]), (32, [16, 16]), (34, [16, 16, 2]), (1, [1]), (17, [17]), (16, [16])])
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(33, [16, 17]), (32, [16, 16]), (34, [16, 16, 2]), (1, [1]), (17, [17]), (16, [16])]
+)
 def test_a_single_row_that_is_left_joins_the_batch_before_it(rows, sizes):
     """Batch normalisation cannot train on one row; no row is lost, and resuming inside the epoch cuts alike."""
     source = synthetic(4, rows=64, classes=2)

@@ -21,7 +21,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def run(folder: Path, *arguments: str) -> dict:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DELEST_CACHE": str(folder / "cache"), "TMPDIR": str(folder)}
-    done = subprocess.run([sys.executable, "-m", "delest", "run", *arguments, "--json"], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "delest", "run", *arguments, "--json"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert (folder / answer["path"] / "report.html").exists()
@@ -58,7 +64,7 @@ def photograph(label: int, random: np.random.Generator) -> dict:
 def write_hub_parquet(path: Path, rows: int, seed: int) -> None:
     """Images as the Hugging Face hub lays them out, with class names in the schema's metadata."""
     random, labels = np.random.default_rng(seed), [i % 10 for i in range(rows)]
-    names = "airplane automobile bird cat deer dog frog horse ship truck".split()
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
     features = {"img": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
     schema = pa.schema([("img", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())])
     schema = schema.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
@@ -77,6 +83,8 @@ def test_cifar10_on_a_folder_of_its_layout(tmp_path):
 
 
 def test_cifar10_without_its_folder_says_how_to_name_it(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "delest", "run", str(EXAMPLES / "cifar10.py")], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "delest", "run", str(EXAMPLES / "cifar10.py")], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "cifar10 does not exist" in done.stderr

@@ -13,7 +13,11 @@ MIB = 1 << 20
 
 def probe(**changes):
     """100 MiB idle here; a model of 10 MiB; 1 MiB a row."""
-    sample = lambda rows: {"rows": rows, "first": (10 + rows) * MIB, "steady": (12 + rows) * MIB, "evaluation": (10 + rows // 4) * MIB, "seconds": rows * 1e-3}  # noqa: E731
+
+    def sample(rows):
+        grown = {"first": 10 + rows, "steady": 12 + rows, "evaluation": 10 + rows // 4}
+        return {"rows": rows, "seconds": rows * 1e-3, **{name: mib * MIB for name, mib in grown.items()}}
+
     base = {
         "idle_bytes": 90 * MIB,
         "base_bytes": 10 * MIB,
@@ -30,7 +34,9 @@ def probe(**changes):
 
 def choose(budget_mib, probed=None, asked=True, **job):
     given = Job(data="unused", model=int, batch_size=128, **job)
-    return search.choose(given, probed or probe(), budget_bytes=budget_mib * MIB, asked=asked, idle_bytes=100 * MIB, threads=2, isolated=True)
+    return search.choose(
+        given, probed or probe(), budget_bytes=budget_mib * MIB, asked=asked, idle_bytes=100 * MIB, threads=2, isolated=True
+    )
 
 
 def test_a_line_through_two_sizes_is_extrapolated():

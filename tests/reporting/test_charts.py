@@ -107,7 +107,7 @@ def test_what_ships_stands_out_in_every_comparison():
 
 def test_the_drop_is_drawn_beside_the_promise():
     figure = charts.drop_chart(samples.digits_shrunk(FOLDER))
-    dots, whiskers = figure["data"][:2]
+    whiskers, dots = figure["data"][:2]
     assert dots["x"] == pytest.approx([0, 0.1])
     assert whiskers["error_x"]["array"] == pytest.approx([0.23])
     assert figure["layout"]["shapes"][1]["x0"] == pytest.approx(0.5)

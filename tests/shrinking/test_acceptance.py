@@ -15,7 +15,11 @@ PLAIN = Candidate(
     selection={"accuracy": 0.9},
 )
 SMALLER = replace(
-    PLAIN, name="int8", file_bytes=400, bound=Bound(drop=0.001, upper=0.003, rows=1000, disagreeing=0.01), selection={"accuracy": 0.899}
+    PLAIN,
+    name="int8",
+    file_bytes=400,
+    bound=Bound(drop=0.001, upper=0.003, rows=1000, disagreeing=0.01),
+    selection={"accuracy": 0.899},
 )
 SLOW = {"latency_seconds": {1: 0.012, 32: 0.100}, "latency_spread": {1: (0.0115, 0.0125), 32: (0.095, 0.105)}}
 FAST = {"latency_seconds": {1: 0.010, 32: 0.050}, "latency_spread": {1: (0.009, 0.011), 32: (0.048, 0.052)}}
@@ -33,7 +37,11 @@ NOISY = {"latency_seconds": {1: 0.010, 32: 0.090}, "latency_spread": {1: (0.009,
         ({**NOISY, "file_bytes": 960}, False, "faster at batch 1 or 32"),
         ({"file_bytes": 950}, True, "file 1.1 times smaller"),
         ({"bound": None}, False, "nothing says how accurate it is"),
-        ({"bound": Bound(drop=0.02, upper=0.03, rows=1000, disagreeing=0.03)}, False, "it loses 0.02 on average and up to 0.03"),
+        (
+            {"bound": Bound(drop=0.02, upper=0.03, rows=1000, disagreeing=0.03)},
+            False,
+            "it loses 0.02 on average and up to 0.03",
+        ),
         ({"bound": Bound(drop=0.001, upper=0.009, rows=1000, disagreeing=0.03)}, False, "about 4,000 selection rows"),
         ({"bound": Bound(drop=0.0, upper=0.0, rows=100, disagreeing=0.0)}, False, "no row differs on 100 rows"),
         ({"bound": Bound(drop=0.0, upper=0.0, rows=400, disagreeing=0.0)}, True, "file 2.5 times smaller"),

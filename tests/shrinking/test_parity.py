@@ -24,10 +24,14 @@ def feed():
 
 def test_classes_are_compared_as_probabilities(feed):
     logits = np.array([[0.0, np.log(3)]] * 4)
-    assert largest_difference(Answers(logits), Answers(np.array([[0.25, 0.75]] * 4), "softmax"), feed) == pytest.approx(0, abs=1e-12)
+    assert largest_difference(Answers(logits), Answers(np.array([[0.25, 0.75]] * 4), "softmax"), feed) == pytest.approx(
+        0, abs=1e-12
+    )
     assert largest_difference(Answers(logits), Answers(np.array([[0.3, 0.7]] * 4), "softmax"), feed) == pytest.approx(0.05)
     single = np.full((4, 1), np.log(3))
-    assert largest_difference(Answers(single), Answers(np.array([[0.25, 0.75]] * 4), "sigmoid"), feed) == pytest.approx(0, abs=1e-12)
+    assert largest_difference(Answers(single), Answers(np.array([[0.25, 0.75]] * 4), "sigmoid"), feed) == pytest.approx(
+        0, abs=1e-12
+    )
 
 
 def test_numbers_are_compared_standardised(feed):

@@ -166,7 +166,10 @@ def test_a_network_that_cannot_be_quantised_ships_in_fp32(tmp_path, digits, monk
     monkeypatch.setattr(pipeline, "quantize", fail)
     shrunk, _ = shrink(tmp_path, digits)
     assert shrunk.shipped == "fp32"
-    assert candidates(shrunk)["int8"].why == "ONNX Runtime cannot quantise this network (RuntimeError: operator of an unknown kind)"
+    assert (
+        candidates(shrunk)["int8"].why
+        == "ONNX Runtime cannot quantise this network (RuntimeError: operator of an unknown kind)"
+    )
     assert read_json(Shrunk, tmp_path / "shrunk" / "shrink.json") == shrunk
 
 

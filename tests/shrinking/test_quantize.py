@@ -30,7 +30,12 @@ def test_a_convolutional_network_becomes_int8(tmp_path, reduce_range):
     network = Network(3, 4)
     network(torch.as_tensor(x))  # running statistics
     export_network(network, x[:2], tmp_path / "fp32.onnx")
-    layers = quantize(tmp_path / "fp32.onnx", ({"x": x[k : k + 16]} for k in range(0, 64, 16)), tmp_path / "int8.onnx", reduce_range=reduce_range)
+    layers = quantize(
+        tmp_path / "fp32.onnx",
+        ({"x": x[k : k + 16]} for k in range(0, 64, 16)),
+        tmp_path / "int8.onnx",
+        reduce_range=reduce_range,
+    )
     assert layers == ["first", "second", "head"]
     expected, given = run(tmp_path / "fp32.onnx", {"x": x}), run(tmp_path / "int8.onnx", {"x": x})
     assert np.abs(given - expected).max() < 0.15 * (expected.max() - expected.min())

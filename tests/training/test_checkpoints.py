@@ -15,7 +15,9 @@ from delest.training import checkpoints
 def save(folder, step, value=None):
     best = folder.parent / "best.safetensors"
     storage.write_atomic(best, b"best of %d" % step)
-    state = State({"model.w": np.full(100, step if value is None else value, np.float32), "step": np.array(3.0)}, {"numbers": {}})
+    state = State(
+        {"model.w": np.full(100, step if value is None else value, np.float32), "step": np.array(3.0)}, {"numbers": {}}
+    )
     return checkpoints.save(folder, step, state, {"step": step}, best)
 
 
@@ -50,7 +52,10 @@ def corrupt(path):
 
 DAMAGES = {
     "corrupted": (lambda path: corrupt(path / "state.safetensors"), "state.safetensors does not match its checksum"),
-    "truncated": (lambda path: (path / "state.safetensors").write_bytes((path / "state.safetensors").read_bytes()[:50]), "state.safetensors has 50 bytes"),
+    "truncated": (
+        lambda path: (path / "state.safetensors").write_bytes((path / "state.safetensors").read_bytes()[:50]),
+        "state.safetensors has 50 bytes",
+    ),
     "missing": (lambda path: (path / "state.safetensors").unlink(), "state.safetensors is missing"),
     "unmarked": (lambda path: (path / "complete.json").unlink(), "completion mark is missing"),
     "mark damaged": (lambda path: (path / "complete.json").write_text("{"), "completion mark cannot be read"),

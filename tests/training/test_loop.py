@@ -35,7 +35,14 @@ def data(rows: int = 120) -> tuple[np.ndarray, np.ndarray]:
 def trainer(folder, *, recipe=None, step=None, limits=None, factory=model, rows=120, validation=30) -> Trainer:
     torch.set_num_threads(1)
     recipe = recipe or Recipe(epochs=6, lr=0.01)
-    job = Job(model=factory, data=data(rows), batch_size=16, recipe=recipe, step=step, predict=(lambda net, x: net(x)) if step else None)
+    job = Job(
+        model=factory,
+        data=data(rows),
+        batch_size=16,
+        recipe=recipe,
+        step=step,
+        predict=(lambda net, x: net(x)) if step else None,
+    )
     source = open_source(job.data)
     cut = rows - validation
     prepared = fit_preprocessing(source, np.arange(cut))
@@ -74,7 +81,11 @@ def test_it_learns_and_writes_what_it_did(tmp_path):
 def test_the_best_weights_are_in_the_session_at_the_end(tmp_path):
     made = trainer(tmp_path, recipe=Recipe(epochs=8, lr=0.3, schedule="constant"))
     made.train()
-    scores = {row["step"]: (row["score"], -row["loss"]) for row in storage.read_lines(tmp_path / "metrics.jsonl") if row["kind"] == "validation"}
+    scores = {
+        row["step"]: (row["score"], -row["loss"])
+        for row in storage.read_lines(tmp_path / "metrics.jsonl")
+        if row["kind"] == "validation"
+    }
     assert made.position.best_step == max(scores, key=scores.get)
     from delest.training.evaluate import evaluate
 
@@ -200,7 +211,9 @@ def test_a_run_killed_after_a_setback_ends_like_one_that_was_not(tmp_path):
     assert same(final(whole), final(lone))
 
 
-@pytest.mark.parametrize(("number", "during"), [(signal.SIGTERM, "step"), (signal.SIGINT, "step"), (signal.SIGTERM, "evaluation")])
+@pytest.mark.parametrize(
+    ("number", "during"), [(signal.SIGTERM, "step"), (signal.SIGINT, "step"), (signal.SIGTERM, "evaluation")]
+)
 def test_a_signal_saves_and_a_resume_ends_the_same(tmp_path, number, during):
     whole = trainer(tmp_path / "whole")
     whole.folder.mkdir()

@@ -120,7 +120,9 @@ def test_a_single_class(here, capsys):
 
 
 def test_labels_out_of_the_models_range_and_a_model_that_does_not_fit_its_loss(here, capsys):
-    said = refuse(capsys, "train", write_job(here, "job = delest.Job(model=lambda: nn.Linear(6, 2), data=(x, y), batch_size=16)"))
+    said = refuse(
+        capsys, "train", write_job(here, "job = delest.Job(model=lambda: nn.Linear(6, 2), data=(x, y), batch_size=16)")
+    )
     assert "2 values a row and the data have 3 classes" in said
     assert "must have 3 outputs" in said
 
@@ -135,7 +137,7 @@ def test_labels_out_of_the_models_range_and_a_model_that_does_not_fit_its_loss(h
         ({"loss": lambda outputs, targets: outputs.sum() * float("nan")}, "is nan on the first two rows"),
         ({"loss": "mse"}, "the loss mse does not fit a class target"),
         ({"metric": "rmse"}, "the metric rmse does not judge a class target"),
-        ({"model": lambda: {}}, "the model factory gave a dict"),
+        ({"model": dict}, "the model factory gave a dict"),
         ({"model": lambda: 1 / 0}, "building the model failed: ZeroDivisionError"),
         ({"step": lambda net, batch: net(batch.inputs).missing}, "the step failed"),
     ],
@@ -150,7 +152,10 @@ def test_models_and_losses_that_cannot_train(here, job, words):
 
 
 def test_all_faults_of_a_job_are_reported_together(here, capsys):
-    job = write_job(here, "job = delest.Job(model=model, data='nowhere.npz', metric='acuracy', recipe=delest.Recipe(lr=-1.0, schedule='cosin'))")
+    job = write_job(
+        here,
+        "job = delest.Job(model=model, data='nowhere.npz', metric='acuracy', recipe=delest.Recipe(lr=-1.0, schedule='cosin'))",
+    )
     said = refuse(capsys, "train", job)
     assert "4 faults" in said
     assert "Did you mean 'accuracy'?" in said
@@ -173,7 +178,14 @@ def test_an_output_folder_that_holds_another_run(here, capsys):
 
 
 def test_a_budget_that_nothing_fits_names_the_smallest_that_works(here, capsys):
-    said = refuse(capsys, "train", write_job(here, "job = delest.Job(model=model, data=(x, y), batch_size=16)"), "--memory", "10MB", status=3)
+    said = refuse(
+        capsys,
+        "train",
+        write_job(here, "job = delest.Job(model=model, data=(x, y), batch_size=16)"),
+        "--memory",
+        "10MB",
+        status=3,
+    )
     assert "nothing fits 9.5 MiB" in said
     assert "--memory" in said
 
@@ -196,7 +208,9 @@ def small_disk(folder: Path, size: str):
 
 def test_a_full_disk_is_said_before_training(here, capsys):
     with small_disk(here / "disk", "600k"):
-        said = refuse(capsys, "train", write_job(here, "job = delest.Job(model=model, data=(x, y), batch_size=16)"), "--out", "disk/run")
+        said = refuse(
+            capsys, "train", write_job(here, "job = delest.Job(model=model, data=(x, y), batch_size=16)"), "--out", "disk/run"
+        )
         assert "disk" in said
         assert "--out" in said
         assert list((here / "disk").iterdir()) == []
@@ -245,5 +259,7 @@ def test_weights_to_begin_with_that_do_not_fit(here, capsys):
 
 
 def test_resuming_what_is_not_there_or_has_changed(here, capsys):
-    assert "no unfinished run" in refuse(capsys, "train", write_job(here, "job = delest.Job(model=model, data=(x, y), batch_size=16)"), "--resume")
+    assert "no unfinished run" in refuse(
+        capsys, "train", write_job(here, "job = delest.Job(model=model, data=(x, y), batch_size=16)"), "--resume"
+    )
     assert "holds no run to resume" in refuse(capsys, "train", "--out", "nowhere", "--resume")

@@ -32,11 +32,27 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(folder: Path, out: str, *more: str) -> list[str]:
-    return [sys.executable, "-m", "delest", "train", str(folder / "job.py"), "--out", str(folder / out), "--threads", "1", "--checkpoint-every", "0.01", "--json", *more]
+    return [
+        sys.executable,
+        "-m",
+        "delest",
+        "train",
+        str(folder / "job.py"),
+        "--out",
+        str(folder / out),
+        "--threads",
+        "1",
+        "--checkpoint-every",
+        "0.01",
+        "--json",
+        *more,
+    ]
 
 
 def start(folder: Path, out: str, *more: str) -> subprocess.Popen:
-    return subprocess.Popen(command(folder, out, *more), cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command(folder, out, *more), cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(folder: Path, out: str, *more: str) -> dict:

@@ -18,7 +18,14 @@ from delest.training.progress import Progress
 
 def network() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(16 * 16, 4)
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(16 * 16, 4),
     )
 
 
@@ -48,7 +55,19 @@ def test_run_goes_all_the_way(job):
     assert run.test["accuracy"] > 0.9
     assert run.path == Path("runs/small-001")
     written = {path.name for path in run.path.iterdir()}
-    assert {"job.json", "plan.json", "data.json", "preprocessing.json", "metrics.jsonl", "checkpoints", "best.safetensors", "run.json", "bundle", "shrunk", "report.html"} <= written
+    assert {
+        "job.json",
+        "plan.json",
+        "data.json",
+        "preprocessing.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "best.safetensors",
+        "run.json",
+        "bundle",
+        "shrunk",
+        "report.html",
+    } <= written
     assert json.loads((run.path / "run.json").read_text())["format"] == 1
     assert run.measured.basis == "measurement"
     assert run.plan.predicted.basis == "estimate"
@@ -65,7 +84,9 @@ def test_runs_count_up_and_the_same_seed_gives_the_same_weights(job):
 
 
 def test_a_finished_run_is_shrunk_and_predicted_with_from_its_folder(job, tmp_path):
-    (tmp_path / "job.py").write_text("import numpy as np\nimport delest\nx = np.load('x.npy'); y = np.load('y.npy')\njob = delest.Job(data=(x, y), batch_size=32, recipe=delest.Recipe(epochs=2))\n")
+    (tmp_path / "job.py").write_text(
+        "import numpy as np\nimport delest\nx = np.load('x.npy'); y = np.load('y.npy')\njob = delest.Job(data=(x, y), batch_size=32, recipe=delest.Recipe(epochs=2))\n"
+    )
     x, y = images()
     np.save("x.npy", x)
     np.save("y.npy", y)
@@ -83,10 +104,21 @@ def test_a_budget_splits_the_batch_and_keeps_steps_and_schedule(job):
 
     from delest.records.plan import Choice
 
-    split = replace(tight, choices=(*tight.choices, Choice(method="micro_batch", config={"rows": 8}, keeps="rounding", why="")), micro_batch=8)
+    split = replace(
+        tight,
+        choices=(*tight.choices, Choice(method="micro_batch", config={"rows": 8}, keeps="rounding", why="")),
+        micro_batch=8,
+    )
     parts = delest.train(job, plan=split, say=Progress(), threads=1)
     assert parts.steps == whole.steps
-    rates = [[row["rate"] for row in map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "train"] for run in (whole, parts)]
+    rates = [
+        [
+            row["rate"]
+            for row in map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
+            if row["kind"] == "train"
+        ]
+        for run in (whole, parts)
+    ]
     assert rates[0] == rates[1]
     assert parts.test["accuracy"] == pytest.approx(whole.test["accuracy"], abs=0.05)
 
@@ -111,7 +143,9 @@ def test_training_begins_with_given_weights(job):
     save_file(weights, "start.safetensors")
     from dataclasses import replace
 
-    run = delest.train(replace(job, recipe=delest.Recipe(epochs=1, lr=1e-12, weight_decay=0.0)), init_from="start.safetensors", say=Progress())
+    run = delest.train(
+        replace(job, recipe=delest.Recipe(epochs=1, lr=1e-12, weight_decay=0.0)), init_from="start.safetensors", say=Progress()
+    )
     for name, array in load_file(run.path / "best.safetensors").items():
         np.testing.assert_allclose(array, weights[name], atol=1e-6)
 
@@ -142,7 +176,9 @@ def test_tables_train_from_a_path_alone(job, tmp_path):
     rows = ["size,colour,price"]
     for _ in range(600):
         size, colour = random.normal(), random.choice(["red", "blue"])
-        rows.append(f"{'' if random.random() < 0.1 else f'{size:.3f}'},{colour},{100 + 20 * size + (30 if colour == 'red' else 0):.2f}")
+        rows.append(
+            f"{'' if random.random() < 0.1 else f'{size:.3f}'},{colour},{100 + 20 * size + (30 if colour == 'red' else 0):.2f}"
+        )
     Path("homes.csv").write_text("\n".join(rows))
     from delest.job import load, override
 

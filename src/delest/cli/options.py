@@ -17,8 +17,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from delest import errors
-from delest import job as jobs
+from delest import errors, job as jobs
 from delest.records.form import read_json
 from delest.records.plan import Plan
 from delest.units import read_seconds, read_share, read_size

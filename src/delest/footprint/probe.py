@@ -31,7 +31,9 @@ ROUNDS = 4  # per compared variant
 LONGEST_STEP_SECONDS = 4.0
 
 
-def examine(job: Job, *, preprocessing: dict[str, Any], index: list[int], threads: int, device: str, checked_only: bool = False) -> dict[str, Any]:
+def examine(
+    job: Job, *, preprocessing: dict[str, Any], index: list[int], threads: int, device: str, checked_only: bool = False
+) -> dict[str, Any]:
     """Check the job on two rows and probe its steps.
 
     Returns `faults` (empty where all is well), `idle_bytes` (this process, warm, before the model), `base_bytes` (what
@@ -43,7 +45,13 @@ def examine(job: Job, *, preprocessing: dict[str, Any], index: list[int], thread
     device = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     prepared = from_json(Preprocessing, preprocessing)
     source = open_source(
-        job.data, target=job.target, rows=job.rows, image_size=job.image_size, skip_bad=job.skip_bad, split_by=job.split.by, seed=job.seed
+        job.data,
+        target=job.target,
+        rows=job.rows,
+        image_size=job.image_size,
+        skip_bad=job.skip_bad,
+        split_by=job.split.by,
+        seed=job.seed,
     )
     whole = next(Feed(source, np.array(index), prepared, batch_size=len(index)).ordered())
     faults = check(job, source.schema, _first(whole, 2))
@@ -73,7 +81,9 @@ def _probe(job: Job, plan: Plan, schema: Schema, batch: Batch, result: dict[str,
     session = TorchSession(job, plan, schema)
     result["base_bytes"] = max(0, machine.resident_bytes() - idle)
     result["parameters"] = session.parameters()
-    result["batch_statistics"] = any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in session.model.modules())
+    result["batch_statistics"] = any(
+        isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in session.model.modules()
+    )
     result["weights_bytes"] = sum(array.nbytes for array in session.weights().values())
     result["state_bytes"] = sum(array.nbytes for array in session.state().arrays.values())
     first, steady, seconds = 0, 0, []
@@ -114,7 +124,10 @@ def _variants(job: Job, plain: Plan, schema: Schema, batch: Batch, threads: int)
     found: dict[str, dict[str, float]] = {}
     for method, config in candidates.items():
         choice = Choice(method=method, config=config, keeps="changed", why="")
-        sessions = {"plain": TorchSession(job, plain, schema), "with": TorchSession(job, replace(plain, choices=(choice,)), schema)}
+        sessions = {
+            "plain": TorchSession(job, plain, schema),
+            "with": TorchSession(job, replace(plain, choices=(choice,)), schema),
+        }
         times: dict[str, list[float]] = {name: [] for name in sessions}
         for _ in range(ROUNDS + 1):
             for name, session in sessions.items():

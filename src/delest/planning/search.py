@@ -40,7 +40,9 @@ class Costs:
     def _line(self, name: str, rows: int) -> int:
         """The straight line through the probed sizes (and the built session at 0 rows), never falling."""
         points = [(sample["rows"], sample[name]) for sample in self.probe["samples"]]
-        (low_rows, low), (high_rows, high) = (points[0], points[-1]) if len(points) > 1 else ((0, self.probe["base_bytes"]), points[0])
+        (low_rows, low), (high_rows, high) = (
+            (points[0], points[-1]) if len(points) > 1 else ((0, self.probe["base_bytes"]), points[0])
+        )
         slope = max(0.0, (high - low) / (high_rows - low_rows))
         return int(max(high if rows >= high_rows else 0, high + slope * (rows - high_rows), self.probe["base_bytes"]))
 
@@ -69,7 +71,9 @@ class Costs:
         )
 
 
-def choose(job: Job, probe: Mapping[str, Any], *, budget_bytes: int, asked: bool, idle_bytes: int, threads: int, isolated: bool) -> Plan:
+def choose(
+    job: Job, probe: Mapping[str, Any], *, budget_bytes: int, asked: bool, idle_bytes: int, threads: int, isolated: bool
+) -> Plan:
     """The plan with the largest micro-batch whose peak, margin included, keeps within `budget_bytes`.
 
     `asked`: the user gave the budget, else it is what is free. Raises `NothingFits` with the smallest budget that works.
@@ -97,7 +101,9 @@ def choose(job: Job, probe: Mapping[str, Any], *, budget_bytes: int, asked: bool
         why = f"the whole batch of {batch} would need up to {format_bytes(plain.high_bytes)}; {parts} parts of {rows} need up to {format_bytes(predict(rows).high_bytes)}"
         choices.append(_choice("micro_batch", {"rows": rows}, probe, why, saved_bytes=saved))
     else:
-        rejected.append(Rejection(method="micro_batch", why=f"the whole batch of {batch} fits, up to {format_bytes(plain.high_bytes)}"))
+        rejected.append(
+            Rejection(method="micro_batch", why=f"the whole batch of {batch} fits, up to {format_bytes(plain.high_bytes)}")
+        )
     return Plan(
         choices=tuple(choices),
         batch_size=batch,
@@ -136,7 +142,9 @@ def _faster(job: Job, probe: Mapping[str, Any]) -> tuple[list[Choice], list[Reje
         gain = 1 - times["with"] / times["plain"]
         measured = f"{format_seconds(times['with'])} a probe step against {format_seconds(times['plain'])}"
         if gain >= LEAST_GAIN:
-            choices.append(_choice(method, configs[method], probe, f"faster here: {measured}", cost_seconds=times["with"] - times["plain"]))
+            choices.append(
+                _choice(method, configs[method], probe, f"faster here: {measured}", cost_seconds=times["with"] - times["plain"])
+            )
         else:
             rejected.append(Rejection(method=method, why=f"no gain here: {measured}"))
     if job.recipe.precision == "auto" and "precision" not in probe["variants"]:

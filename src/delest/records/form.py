@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -34,37 +35,65 @@ def to_plain(value: Any) -> Any:
 
 
 def to_json(record: Any) -> dict[str, Any]:
-    """The JSON object of a record: its fields and `format`."""
+    """The JSON object of a record or mapping: its fields and `format`."""
     return {"format": FORMAT, **to_plain(record)}
 
 
 def from_json(kind: type[T], data: dict[str, Any], where: str = "this file") -> T:
-    """Build the record `kind` from its JSON object.
+    """Build the record `kind` from its JSON object; null where a float belongs becomes NaN again.
 
     Raises `BadInput` for a newer format, missing or wrongly typed fields (all named).
     """
     import pydantic
 
-    data = dict(data)
-    found = data.pop("format", FORMAT)
-    if not isinstance(found, int) or found > FORMAT:
-        raise errors.BadInput(
-            f"{where} has format {found}, this delest reads up to {FORMAT}: a newer delest wrote it; upgrade delest to read it."
-        )
+    data = without_format(data, where)
+    adapter = pydantic.TypeAdapter(kind)
     try:
-        return pydantic.TypeAdapter(kind).validate_python(data)
+        return adapter.validate_python(data)
     except pydantic.ValidationError as error:
-        raise errors.BadInput(
-            [f"{where}: {'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
-        ) from None
+        faults = error.errors()
+    nulls = [fault["loc"] for fault in faults if fault["type"] == "float_type" and fault["input"] is None]
+    if len(nulls) == len(faults):
+        return adapter.validate_python(_with_nan(data, nulls))
+    raise errors.BadInput(
+        [f"{where}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in faults if fault["loc"] not in nulls]
+    )
 
 
 def read_json(kind: type[T], path: Path) -> T:
     """Read the record `kind` from a JSON file; `BadInput` names the file when it is missing or damaged."""
+    return from_json(kind, read_object(path), str(path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; `BadInput` names the file where it is missing, damaged or of a newer format."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise errors.BadInput(f"{path} does not exist.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise errors.BadInput(f"{path} is not valid JSON ({error}).") from None
-    return from_json(kind, data, str(path))
+    return without_format(data, str(path))
+
+
+def without_format(data: Any, where: str) -> dict[str, Any]:
+    """A JSON object without its `format`. Raises `BadInput` where it is no object or its format is a newer one."""
+    if not isinstance(data, dict):
+        raise errors.BadInput(f"{where} holds a JSON {type(data).__name__}, not an object.")
+    found = data.get("format", FORMAT)
+    if not isinstance(found, int) or found > FORMAT:
+        raise errors.BadInput(
+            f"{where} has format {found}, this delest reads up to {FORMAT}: a newer delest wrote it; upgrade delest to read it."
+        )
+    return {key: value for key, value in data.items() if key != "format"}
+
+
+def _with_nan(data: dict[str, Any], places: list[tuple[int | str, ...]]) -> dict[str, Any]:
+    """A copy of JSON data with NaN at these places."""
+    copied: Any = copy.deepcopy(data)
+    for *outer, last in places:
+        inner = copied
+        for key in outer:
+            inner = inner[key]
+        inner[last] = math.nan
+    return copied

@@ -25,7 +25,9 @@ class Summary:
     row_bytes: int  # one row as the model receives it
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # what is worth knowing: imbalance, constant columns, duplicates
-    baseline: dict[str, float] = field(default_factory=dict)  # the metric of always answering the most frequent class or the mean
+    baseline: dict[str, float] = field(
+        default_factory=dict
+    )  # the metric of always answering the most frequent class or the mean
 
 
 @dataclass(frozen=True, kw_only=True)

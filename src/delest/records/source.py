@@ -21,7 +21,9 @@ class Column:
     kind: ColumnKind
     shape: tuple[int, ...] = ()  # of one row as `Source.read` gives it; images are (height, width, channels)
     dtype: str = "float32"  # as stored
-    categories: tuple[str, ...] | None = None  # known values of a category column; code 0 is missing or unknown, code i is categories[i - 1]
+    categories: tuple[str, ...] | None = (
+        None  # known values of a category column; code 0 is missing or unknown, code i is categories[i - 1]
+    )
     missing: int = 0  # rows without a value
 
     @property
@@ -104,6 +106,7 @@ class Source(Protocol):
 
     fingerprint: str  # of the content: equal data, equal fingerprint
     schema: Schema
+    description: str  # in words: "10,000 images of 28x28x1 in digits.npz"
     left_out: tuple[str, ...]  # rows or files that could not be used, each with its reason (`skip_bad`)
 
     def __len__(self) -> int: ...

@@ -144,8 +144,10 @@ def drop_chart(shrunk: Shrunk) -> Figure | None:
         marks.note(promised, 1, f"promised {words.format_drop(shrunk.metric, shrunk.max_drop)}", yref="paper", yanchor="bottom")
     ]
     layout["xaxis"] = marks.axis(visible=False, range=[low - margin / 2, high + margin])
-    layout["yaxis"] = marks.axis(showgrid=False, showline=False, automargin=True, autorange="reversed", ticks="")
-    return {"data": [dots, marks.whiskers(names, drops, drops, uppers), marks.labels(names, uppers, labels)], "layout": layout}
+    layout["yaxis"] = marks.axis(
+        showgrid=False, showline=False, automargin=True, autorange="reversed", ticks="", categoryarray=names
+    )
+    return {"data": [marks.whiskers(names, drops, drops, uppers), dots, marks.labels(names, uppers, labels)], "layout": layout}
 
 
 def _comparison(

@@ -33,10 +33,15 @@ def save(folder: Path, step: int, state: State, position: dict[str, Any], best: 
         with storage.room_reported(final):
             temporary.mkdir(parents=True)
             _write(lambda: save_file(_contiguous(state.arrays), temporary / "state.safetensors"), final)
-            (temporary / "state.json").write_text(json.dumps({"format": 1, "position": position, "scalars": dict(state.scalars)}))
+            (temporary / "state.json").write_text(
+                json.dumps({"format": 1, "position": position, "scalars": dict(state.scalars)})
+            )
             if best.exists():
                 _link(best, temporary / "best.safetensors")
-            files = {path.name: {"bytes": path.stat().st_size, "sha256": storage.checksum(path)} for path in sorted(temporary.iterdir())}
+            files = {
+                path.name: {"bytes": path.stat().st_size, "sha256": storage.checksum(path)}
+                for path in sorted(temporary.iterdir())
+            }
             (temporary / "complete.json").write_text(json.dumps({"format": 1, "files": files}))
             for path in temporary.iterdir():
                 _sync(path)
@@ -107,7 +112,9 @@ def check_room(folder: Path, state_bytes: int, weights_bytes: int) -> None:
 
 
 def _all(folder: Path) -> list[tuple[int, Path]]:
-    found = [(int(match[1]), path) for path in (folder.iterdir() if folder.exists() else ()) if (match := _NAME.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in (folder.iterdir() if folder.exists() else ()) if (match := _NAME.fullmatch(path.name))
+    ]
     return sorted(found, reverse=True)
 
 
@@ -126,7 +133,9 @@ def _write(write: Callable[[], None], path: Path) -> None:
         write()
     except SafetensorError as error:
         if "No space" in str(error) or "File too large" in str(error) or "quota" in str(error):
-            raise errors.DiskFull(f"no room on disk to write {path}; earlier checkpoints are unharmed. Free some space and use --resume.") from error
+            raise errors.DiskFull(
+                f"no room on disk to write {path}; earlier checkpoints are unharmed. Free some space and use --resume."
+            ) from error
         raise
 
 

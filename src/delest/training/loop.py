@@ -63,7 +63,7 @@ class Trainer:
         self.decisions = Decisions(self.folder / "decisions.jsonl")
         self.signals = Signals()
         self._pending: list[Any] = []
-        self._seen = 0
+        self._seen = 0.0
         if not self.position.total_steps:
             epochs = self.recipe.epochs_for(len(self.train_feed), self.train_feed.batch_size)
             self.position.total_steps = epochs * self.train_feed.steps
@@ -191,7 +191,17 @@ class Trainer:
         p.evaluated_step = p.step
         better, waiting = self._is_better(result), not self._is_progress(result)
         values = result.metrics(self.metric)
-        self._log({"kind": "validation", "step": p.step, "epoch": self.epochs(), **values, "score": result.score, "best": better, "seconds": p.training_seconds})
+        self._log(
+            {
+                "kind": "validation",
+                "step": p.step,
+                "epoch": self.epochs(),
+                **values,
+                "score": result.score,
+                "best": better,
+                "seconds": p.training_seconds,
+            }
+        )
         self.progress.evaluated(self.epochs(), values, better)
         if better:
             p.best_score, p.best_loss, p.best_step, p.best_epoch = result.score, result.loss, p.step, self.epochs()
@@ -255,7 +265,9 @@ class Trainer:
         if self.saving:
             from safetensors.numpy import save
 
-            storage.write_atomic(self.folder / "best.safetensors", save(self.session.weights(), metadata={"step": str(self.position.step)}))
+            storage.write_atomic(
+                self.folder / "best.safetensors", save(self.session.weights(), metadata={"step": str(self.position.step)})
+            )
         else:
             self._best = self.session.weights()
 

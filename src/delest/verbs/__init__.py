@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from delest.verbs.everything import run
 from delest.verbs.look import doctor, inspect, plan
 from delest.verbs.ship import predict, report, shrink
-from delest.verbs.train import train
+from delest.verbs.training import train
+
+if TYPE_CHECKING:
+    from delest.training.progress import Progress
 
 __all__ = ["doctor", "inspect", "plan", "predict", "progress", "report", "run", "shrink", "train"]
 
 
-def progress(*, quiet: bool = False):  # type: ignore[no-untyped-def]
+def progress(*, quiet: bool = False) -> Progress:
     """What shows progress on standard error: live in a terminal, plain lines elsewhere, nothing if `quiet`."""
     from delest.training.progress import for_terminal
 

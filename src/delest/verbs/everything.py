@@ -9,7 +9,7 @@ from delest import job as jobs, runs
 from delest.records.plan import Plan
 from delest.records.run import Run
 from delest.verbs.ship import report, shrink_trained
-from delest.verbs.train import Settings, restore, train_with
+from delest.verbs.training import Settings, restore, train_with
 
 if TYPE_CHECKING:
     from delest.training.progress import Progress

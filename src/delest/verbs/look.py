@@ -23,7 +23,14 @@ def inspect(job: Any) -> Summary:
     return open_workplace(jobs.load(job), Progress()).summary
 
 
-def plan(job: Any, *, memory: str | int | None = None, device: str | None = None, threads: int | None = None, say: Progress | None = None) -> Plan:
+def plan(
+    job: Any,
+    *,
+    memory: str | int | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    say: Progress | None = None,
+) -> Plan:
     """Check a job and choose how to train it within `memory` (bytes, "2GiB", "80%"; None: what is free).
 
     Raises `BadInput` with every fault, `NothingFits` with the smallest budget that works.
@@ -41,7 +48,9 @@ def doctor() -> Diagnosis:
     return diagnose()
 
 
-def plan_workplace(place: Workplace, *, memory: str | int | None, device: str | None, threads: int | None, say: Progress) -> Plan:
+def plan_workplace(
+    place: Workplace, *, memory: str | int | None, device: str | None, threads: int | None, say: Progress
+) -> Plan:
     """The plan for an opened job: checked and probed in a child process, then chosen."""
     from delest import units
     from delest.hardware import machine

@@ -11,14 +11,16 @@ from delest import errors, runs, storage
 from delest.records.form import read_json
 from delest.records.run import Run
 from delest.records.shrunk import Shrunk
-from delest.verbs.train import Trained, restore
+from delest.verbs.training import Trained, restore
 from delest.verbs.workplace import backend
 
 if TYPE_CHECKING:
     from delest.training.progress import Progress
 
 
-def shrink(run: Run | str | Path, *, max_drop: float = 0.005, threads: int | None = None, say: Progress | None = None) -> Shrunk:
+def shrink(
+    run: Run | str | Path, *, max_drop: float = 0.005, threads: int | None = None, say: Progress | None = None
+) -> Shrunk:
     """Export a run's best model and quantise it, keeping int8 only where it pays inside `max_drop`.
 
     `max_drop` is the largest loss of the metric, in its own unit, that the one-sided 95 % confidence bound on the
@@ -30,7 +32,9 @@ def shrink(run: Run | str | Path, *, max_drop: float = 0.005, threads: int | Non
     say = say or for_terminal()
     folder = runs.find(run)
     if runs.read(folder).status != "done":
-        raise errors.BadInput(f"{folder} is {runs.read(folder).status}, not done: finish it with `delest train --out {folder} --resume`.")
+        raise errors.BadInput(
+            f"{folder} is {runs.read(folder).status}, not done: finish it with `delest train --out {folder} --resume`."
+        )
     shrunk = shrink_trained(restore(folder, say), max_drop=max_drop, threads=threads, say=say)
     report(folder)
     return shrunk
@@ -43,7 +47,9 @@ def shrink_trained(trained: Trained, *, max_drop: float, threads: int | None, sa
 
     place, run, here = trained.place, trained.run, machine.describe()
     if place.job.step is not None and place.job.predict is None:
-        raise errors.BadInput("this job has a `step` and no `predict`: give the Job a `predict(model, inputs)`, so that there is an output to export.")
+        raise errors.BadInput(
+            "this job has a `step` and no `predict`: give the Job a `predict(model, inputs)`, so that there is an output to export."
+        )
     say.stage("shrink: exporting, quantising and measuring on this machine")
     # Without VNNI, int8 products of pairs are added in 16 bits and saturate: weights then get 7 bits (docs/log.md).
     reduce_range = not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(here.instruction_sets)

@@ -16,6 +16,7 @@ from delest.records.form import read_json, to_json
 if TYPE_CHECKING:
     from delest.records.batch import Inputs
     from delest.records.run import Summary
+    from delest.training.loop import Trainer
     from delest.training.progress import Progress
 
 
@@ -121,15 +122,44 @@ def _mismatches(job: Job, source: Any) -> list[str]:
     """A metric or loss that cannot judge this target; no target where one is needed."""
     target = source.schema.target
     if target is None:
-        return [] if job.step is not None else ["the data have no target to learn: name one with --target, or give the Job a `step`."]
+        return (
+            []
+            if job.step is not None
+            else ["the data have no target to learn: name one with --target, or give the Job a `step`."]
+        )
     faults = []
-    if isinstance(job.metric, str) and job.metric in metrics.NAMES and (job.metric in metrics.OF_NUMBERS) != (target.kind == "number"):
+    if (
+        isinstance(job.metric, str)
+        and job.metric in metrics.NAMES
+        and (job.metric in metrics.OF_NUMBERS) != (target.kind == "number")
+    ):
         fit = ", ".join(name for name in metrics.NAMES if (name in metrics.OF_NUMBERS) == (target.kind == "number"))
         faults.append(f"the metric {job.metric} does not judge a {target.kind} target ({target.name}): use one of {fit}.")
     losses = ("mse", "l1", "huber") if target.kind == "number" else ("cross_entropy", "bce")
     if isinstance(job.loss, str) and job.step is None and job.loss not in ("auto", *losses):
-        faults.append(f"the loss {job.loss} does not fit a {target.kind} target ({target.name}): use one of {', '.join(losses)}.")
+        faults.append(
+            f"the loss {job.loss} does not fit a {target.kind} target ({target.name}): use one of {', '.join(losses)}."
+        )
     return faults
+
+
+def build_trainer(
+    place: Workplace, session: Any, folder: Path, say: Progress, *, rows: Any = None, saving: bool = True
+) -> Trainer:
+    """The training loop over a workplace; `rows` instead of all training rows, `saving` False for a preview."""
+    from delest.training.loop import Trainer
+
+    return Trainer(
+        session=session,
+        train_feed=place.feed("train", rows, augmented=True),
+        validation_feed=place.feed("validation"),
+        test_feed=place.feed("test"),
+        recipe=place.job.recipe,
+        metric=place.metric,
+        folder=folder,
+        progress=say,
+        saving=saving,
+    )
 
 
 def preprocessing_json(place: Workplace) -> dict[str, Any]:

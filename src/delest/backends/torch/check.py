@@ -41,7 +41,9 @@ def _check_forward(session: TorchSession, batch: Batch) -> list[str]:
 def _check_outputs(session: TorchSession, outputs: Any, batch: Batch) -> list[str]:
     schema, name = session.schema, session.loss.name
     if not isinstance(outputs, torch.Tensor):
-        return [f"the model gives a {type(outputs).__name__}, and the loss {name} needs one tensor: give the Job a `step` or a `predict`."]
+        return [
+            f"the model gives a {type(outputs).__name__}, and the loss {name} needs one tensor: give the Job a `step` or a `predict`."
+        ]
     if len(outputs) != batch.count:
         return [f"the model gives {len(outputs)} rows for a batch of {batch.count}: its first dimension must be the batch."]
     faults = []
@@ -54,7 +56,9 @@ def _check_outputs(session: TorchSession, outputs: Any, batch: Batch) -> list[st
                 f"{width} to {needed - 1} are out of range. Its last layer must have {needed} outputs."
             )
     elif name in ("mse", "l1", "huber") and outputs.numel() != batch.count:
-        faults.append(f"the model gives outputs of shape {tuple(outputs.shape)}, and the loss {name} needs one value a row: [B] or [B, 1].")
+        faults.append(
+            f"the model gives outputs of shape {tuple(outputs.shape)}, and the loss {name} needs one value a row: [B] or [B, 1]."
+        )
     if not faults and not torch.isfinite(outputs).all():
         faults.append("the model's outputs are not finite on the first two rows: look at its initial weights.")
     if not faults:
@@ -65,7 +69,7 @@ def _check_outputs(session: TorchSession, outputs: Any, batch: Batch) -> list[st
 def _check_metric(session: TorchSession, outputs: Any, batch: Batch) -> list[str]:
     kind = session.schema.target.kind if session.schema.target else None
     metric = metrics.chosen(session.job.metric, kind)
-    if batch.targets is None or metric.rows is None and len(np.unique(outputs)) < 2:
+    if batch.targets is None or (metric.rows is None and len(np.unique(outputs)) < 2):
         return []
     try:
         metric.compute(metric.update(metric.init(), outputs, np.asarray(batch.targets)))
@@ -104,4 +108,8 @@ def _words(inputs: Any) -> str:
         return ", ".join(f"{name}={_words(value)}" for name, value in inputs.items())
     if isinstance(inputs, tuple):
         return ", ".join(_words(value) for value in inputs)
-    return f"{str(inputs.dtype).removeprefix('torch.')} {list(inputs.shape)}" if isinstance(inputs, torch.Tensor) else type(inputs).__name__
+    return (
+        f"{str(inputs.dtype).removeprefix('torch.')} {list(inputs.shape)}"
+        if isinstance(inputs, torch.Tensor)
+        else type(inputs).__name__
+    )

@@ -31,7 +31,7 @@ def choose(loss: str | Callable[..., Any], target_kind: str | None, label_smooth
             lambda o, t: _classification(name, o, t, label_smoothing, "mean"),
             lambda o, t: _per_row(_classification(name, o, t, 0.0, "none")),
         )
-    function = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[name]
+    function: Any = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}[name]
     return Loss(
         name,
         lambda o, t: function(_like(o, t), t),
@@ -56,5 +56,3 @@ def _like(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _per_row(values: Tensor) -> Tensor:
     return values.reshape(len(values), -1).mean(1) if values.ndim > 1 else values
-
-

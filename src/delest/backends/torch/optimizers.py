@@ -50,7 +50,8 @@ def build(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
 def groups_of(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: with weight decay and without. A tied parameter appears once."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
-    decayed, plain = [], []
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decayed if parameter.ndim >= 2 and id(parameter) not in embeddings else plain).append(parameter)
@@ -68,7 +69,9 @@ def _muon(model: nn.Module, recipe: Recipe, decay: float) -> list[torch.optim.Op
     rest = [{"params": last, "weight_decay": decay}, without]
     optimizers: list[torch.optim.Optimizer] = []
     if hidden:
-        optimizers.append(Muon(hidden, lr=lr, weight_decay=decay, momentum=0.95 if recipe.momentum is None else recipe.momentum))
+        optimizers.append(
+            Muon(hidden, lr=lr, weight_decay=decay, momentum=0.95 if recipe.momentum is None else recipe.momentum)
+        )
     if any(group["params"] for group in rest):
         # AdamW's rate keeps its usual ratio to Muon's, so that one option moves both.
         adamw = DEFAULT_LR["adamw"] * lr / DEFAULT_LR["muon"]
@@ -101,7 +104,9 @@ def _construct(kind: type[torch.optim.Optimizer], groups: list[dict[str, Any]], 
         settings["momentum"] = 0.9 if recipe.momentum is None else recipe.momentum
         settings["nesterov"] = settings["momentum"] > 0
     elif recipe.momentum is not None:
-        raise errors.BadInput(f"momentum is {recipe.momentum:g}, which {kind.__name__} does not take: leave it out, or use sgd or muon.")
+        raise errors.BadInput(
+            f"momentum is {recipe.momentum:g}, which {kind.__name__} does not take: leave it out, or use sgd or muon."
+        )
     if kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
         settings["fused"] = True  # one pass over memory a step; the CPU's default is a Python loop over parameters
     if not any(group["weight_decay"] for group in groups):

@@ -205,7 +205,9 @@ class TorchSession:
         with torch.no_grad():
             for name, tensor in own.items():
                 value = torch.from_numpy(np.array(arrays[name]))
-                tensor.copy_(value.view(torch.bfloat16) if tensor.dtype == torch.bfloat16 and value.dtype == torch.uint16 else value)
+                tensor.copy_(
+                    value.view(torch.bfloat16) if tensor.dtype == torch.bfloat16 and value.dtype == torch.uint16 else value
+                )
 
     def parameters(self) -> int:
         """How many parameters there are, frozen ones included, tied ones once."""

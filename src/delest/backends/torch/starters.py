@@ -36,7 +36,12 @@ class SmallConvNet(nn.Module):
         super().__init__()
         first = [_block(channels, 32, 7, 4)] if wide else [_block(channels, 32, 3, 1)]
         self.features = nn.Sequential(
-            *first, _block(32, 32, 3, 2), _block(32, 64, 3, 1), _block(64, 64, 3, 2), _block(64, 128, 3, 1), _block(128, 128, 3, 2)
+            *first,
+            _block(32, 32, 3, 2),
+            _block(32, 64, 3, 1),
+            _block(64, 64, 3, 2),
+            _block(64, 128, 3, 1),
+            _block(128, 128, 3, 2),
         )
         self.head = nn.Linear(128, outputs)
 
@@ -63,8 +68,8 @@ class TableMLP(nn.Module):
         if len(cardinalities) == 2:
             widths = [max(widths)] * 2
         self.embeddings = nn.ModuleList(nn.Embedding(c, w) for c, w in zip(cardinalities, widths, strict=True))
-        for embedding in self.embeddings:
-            nn.init.normal_(embedding.weight, std=0.1)  # torch's default of 1 drowns the numbers, which have deviation 1
+        for weight in self.embeddings.parameters():
+            nn.init.normal_(weight, std=0.1)  # torch's default of 1 drowns the numbers, which have deviation 1
         products = widths[0] if len(widths) == 2 else 0
         self.body = nn.Sequential(
             nn.Linear(numbers + sum(widths) + products, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()

@@ -12,4 +12,4 @@ if TYPE_CHECKING:
 
 def apply(session: TorchSession, config: dict[str, Any]) -> None:
     session.memory_format = getattr(torch, config["format"])
-    session.model.to(memory_format=session.memory_format)
+    session.model.to(memory_format=session.memory_format)  # type: ignore[call-overload]

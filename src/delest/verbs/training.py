@@ -15,7 +15,8 @@ from delest.records.form import read_json
 from delest.records.plan import Plan
 from delest.records.run import Best, Run
 from delest.verbs.look import plan_workplace
-from delest.verbs.workplace import Workplace, backend, check_batch, open_workplace, preprocessing_json
+from delest.verbs.preview import train_preview
+from delest.verbs.workplace import Workplace, backend, build_trainer, check_batch, open_workplace, preprocessing_json
 
 if TYPE_CHECKING:
     from delest.training.loop import Trainer
@@ -105,13 +106,13 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
         session.load_weights(read_weights(Path(settings.init_from)))
     preview = None
     if settings.preview is not None and not settings.resume:
-        preview = _preview(place, plan, units.read_share(settings.preview), say)
+        preview = train_preview(place, plan, units.read_share(settings.preview), say)
         session = backend(place.job).session(place.job, plan, place.source.schema)
         if settings.init_from is not None:
             session.load_weights(read_weights(Path(settings.init_from)))
     if not settings.resume:
         _start_folder(folder, place, plan, session)
-    trainer = _trainer(place, session, folder, say)
+    trainer = build_trainer(place, session, folder, say)
     trainer.limits = limits
     run = _began(folder, place, plan, session, preview)
     if settings.resume and trainer.resume():
@@ -175,24 +176,10 @@ def _plan(place: Workplace, settings: Settings, folder: Path, say: Progress) -> 
     check_batch(place)
     plan = given if isinstance(given, Plan) else read_json(Plan, Path(given))
     if plan.batch_size != place.job.batch_size:
-        raise errors.BadInput(f"the plan is for a batch of {plan.batch_size} rows, the job has {place.job.batch_size}: make a new plan.")
+        raise errors.BadInput(
+            f"the plan is for a batch of {plan.batch_size} rows, the job has {place.job.batch_size}: make a new plan."
+        )
     return plan
-
-
-def _trainer(place: Workplace, session: Any, folder: Path, say: Progress, *, rows: Any = None, saving: bool = True) -> Trainer:
-    from delest.training.loop import Trainer
-
-    return Trainer(
-        session=session,
-        train_feed=place.feed("train", rows, augmented=True),
-        validation_feed=place.feed("validation"),
-        test_feed=place.feed("test"),
-        recipe=place.job.recipe,
-        metric=place.metric,
-        folder=folder,
-        progress=say,
-        saving=saving,
-    )
 
 
 def _start_folder(folder: Path, place: Workplace, plan: Plan, session: Any) -> None:
@@ -225,7 +212,12 @@ def _began(folder: Path, place: Workplace, plan: Plan, session: Any, preview: di
         data=place.summary,
         seconds={**before.seconds, **place.seconds},
         preview=preview or before.preview,
-        versions={"delest": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
+        versions={
+            "delest": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": numpy.__version__,
+        },
     )
     storage.write_json(folder / "run.json", run)
     return run
@@ -240,7 +232,9 @@ def _carry_out(trainer: Trainer, run: Run, verb: str, say: Progress) -> Run:
         trainer.train()
     except errors.Interrupted as stopped:
         _finished(run, trainer, "interrupted", None)
-        command = f"delest {verb} {shlex.quote(str(run.job['origin']))}" if run.job["origin"] else f"delest.{verb}(job, resume=True)"
+        command = (
+            f"delest {verb} {shlex.quote(str(run.job['origin']))}" if run.job["origin"] else f"delest.{verb}(job, resume=True)"
+        )
         raise errors.Interrupted(stopped.signal_number, f"{command} --out {shlex.quote(str(run.path))} --resume") from None
     except errors.Diverged:
         _finished(run, trainer, "diverged", None)
@@ -315,38 +309,3 @@ def digest(weights: dict[str, Any]) -> str:
         total.update(f"{name} {array.dtype} {array.shape}".encode())
         total.update(array.tobytes())
     return total.hexdigest()
-
-
-def _preview(place: Workplace, plan: Plan, share: float, say: Progress) -> dict[str, Any]:
-    """Train on a stratified share of the training rows and say what the full run will take."""
-    from delest.data import sample
-    from delest.hardware import machine
-
-    rows = sample(place.source, place.splits["train"], share, place.job.seed)
-    full = len(place.splits["train"])
-    if len(rows) < 2:
-        raise errors.BadInput(f"a preview of {share:.2%} is {len(rows)} of {full} training rows: give a larger share.")
-    epochs = place.job.recipe.epochs_for(full, place.job.batch_size)
-    job = replace(place.job, recipe=replace(place.job.recipe, epochs=epochs), batch_size=min(place.job.batch_size, len(rows)))
-    small = replace(place, job=job)
-    say.stage(f"preview: {len(rows):,} of {full:,} training rows, {epochs} epochs")
-    session = backend(job).session(job, plan, place.source.schema)
-    trainer = _trainer(small, session, Path(), say, rows=rows, saving=False)
-    machine.reset_peak()
-    trainer.train()
-    p = trainer.position
-    found = {
-        "share": share,
-        "rows": len(rows),
-        "epochs": epochs,
-        "validation": p.validation or {},
-        "seconds": p.training_seconds + p.evaluating_seconds,
-        "full_seconds": p.training_seconds * full / len(rows) + p.evaluating_seconds,
-        "peak_bytes": machine.peak_resident_bytes(),
-    }
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in found["validation"].items())
-    say.note(
-        f"preview reached validation {shown}; the full run will take about {units.format_seconds(found['full_seconds'])} "
-        f"and {units.format_bytes(found['peak_bytes'])}."
-    )
-    return found
