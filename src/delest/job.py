@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -10,8 +11,9 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,10 @@ class Split:
 
     def faults(self) -> list[str]:
         shares = {name: getattr(self, name) for name in ("train", "validation", "selection", "test")}
-        found = [
-            f"split: {name} is {share}; a share lies between 0 and 1." for name, share in shares.items() if not 0 <= share <= 1
-        ]
+        found = [f"split: {fault}" for name, share in shares.items() for fault in _number_faults(name, share, 0.0, 1.0)]
         if not found and not 0.999 <= sum(shares.values()) <= 1.001:
             found.append(f"split: the shares add up to {sum(shares.values()):g}; they must make 1.")
-        if not self.train > 0:
+        if self.train == 0:
             found.append("split: there must be rows to train on (train > 0).")
         if self.kind is not None and self.kind not in SPLIT_KINDS:
             found.append(unknown("split kind", self.kind, SPLIT_KINDS))
@@ -76,26 +76,31 @@ class Recipe:
 
     def faults(self) -> list[str]:
         found = []
-        for name, low, high in (
-            ("lr", 0.0, math.inf),
-            ("weight_decay", 0.0, math.inf),
-            ("momentum", 0.0, 1.0),
-            ("warmup", 0.0, 1.0),
-            ("decay", 0.0, 1.0),
-            ("epochs", 1, math.inf),
-            ("patience", 1, math.inf),
-            ("clip", 0.0, math.inf),
-            ("label_smoothing", 0.0, 1.0),
+        for name, high in (
+            ("lr", math.inf),
+            ("weight_decay", math.inf),
+            ("momentum", 1.0),
+            ("warmup", 1.0),
+            ("decay", 1.0),
+            ("clip", math.inf),
+            ("label_smoothing", 1.0),
         ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                found.append(f"{name} is {value:g}; it must lie between {low:g} and {high:g}.")
+            if getattr(self, name) is not None or getattr(Recipe, name) is not None:
+                found.extend(_number_faults(name, getattr(self, name), 0.0, high))
+        found.extend(_count_faults("patience", self.patience))
+        if self.epochs is not None:
+            found.extend(_count_faults("epochs", self.epochs))
         if self.lr == 0:
             found.append("lr is 0: nothing would be learnt. Leave it out for the default.")
+        if not isinstance(self.optimizer, str):
+            found.append(f"optimizer is a {type(self.optimizer).__name__}: give its name, as in optimizer='adamw'.")
         for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("memory_format", MEMORY_FORMATS)):
             if getattr(self, name) not in known:
                 found.append(unknown(name.replace("_", " "), getattr(self, name), known))
-        found.extend(unknown("augmentation", name, AUGMENTATIONS) for name in self.augment if name not in AUGMENTATIONS)
+        if isinstance(self.augment, str):
+            found.append(f"augment is {self.augment!r}: give a tuple of names, as in augment=('flip',).")
+        else:
+            found.extend(unknown("augmentation", name, AUGMENTATIONS) for name in self.augment if name not in AUGMENTATIONS)
         return found
 
     def epochs_for(self, rows: int, batch_size: int) -> int:
@@ -140,15 +145,16 @@ class Job:
             found.append("data is missing: give a path, arrays or a Source (on the command line: --data PATH).")
         if isinstance(self.loss, str) and self.loss not in LOSSES:
             found.append(unknown("loss", self.loss, LOSSES))
-        if isinstance(self.metric, str) and self.metric != "auto":
-            from delest import metrics
-
-            if self.metric not in metrics.NAMES:
-                found.append(unknown("metric", self.metric, metrics.NAMES))
-        for name in ("batch_size", "rows", "image_size"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                found.append(f"{name.replace('_', ' ')} is {value}; it must be a whole number of at least 1.")
+        code = {"loss": self.loss, "step": self.step, "predict": self.predict}
+        for name, value in code.items():
+            if not callable(value) and not isinstance(value, str if name == "loss" else type(None)):
+                found.append(f"{name} is a {type(value).__name__}: give a function.")
+        found.extend(self._metric_faults())
+        found.extend(_count_faults("batch size", self.batch_size))
+        for name in ("rows", "image_size"):
+            if getattr(self, name) is not None:
+                found.extend(_count_faults(name.replace("_", " "), getattr(self, name)))
+        found.extend(_count_faults("seed", self.seed, least=0))
         if self.model is not None and not callable(self.model):
             found.append(
                 f"model is a {type(self.model).__name__}, not a factory: give a function that builds it "
@@ -160,27 +166,40 @@ class Job:
             )
         return found
 
+    def _metric_faults(self) -> list[str]:
+        from delest import metrics
+
+        if isinstance(self.metric, str):
+            known = self.metric == "auto" or self.metric in metrics.NAMES
+            return [] if known else [unknown("metric", self.metric, metrics.NAMES)]
+        needed = ("name", "higher_is_better", "rows", "init", "update", "compute")
+        missing = [name for name in needed if not hasattr(self.metric, name)]
+        kind = type(self.metric).__name__
+        return [f"metric is a {kind} without {', '.join(missing)}: give a name or a delest.metrics.Metric."] if missing else []
+
     @property
     def title(self) -> str:
         """A name for run folders: the job's own, the file's or the data's."""
         if self.name:
             return self.name
-        if self.origin:
-            stem = Path(self.origin.rpartition(":")[0] or self.origin).stem if ":" in self.origin else Path(self.origin).stem
-            return stem or "job"
-        return Path(self.data).stem if isinstance(self.data, (str, Path)) else "job"
+        if self.origin is None:
+            return Path(self.data).stem if isinstance(self.data, (str, Path)) else "job"
+        code, _, _ = self.origin.rpartition(":")
+        if code and "/" not in code:  # package.module:name
+            return code.rpartition(".")[2]
+        return Path(code if code.endswith(".py") else self.origin).stem or "job"
 
     def describe(self) -> dict[str, Any]:
         """The job as JSON: plain fields as they are, code by its name. What `job.json` and child processes get."""
         described: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name in ("model", "step", "predict") or (callable(value) and not isinstance(value, type)):
-                described[item.name] = None if value is None else getattr(value, "__qualname__", type(value).__name__)
-            elif item.name == "data":
+            if item.name == "data":
                 described["data"] = str(value) if isinstance(value, (str, Path)) else None
             elif item.name == "metric" and not isinstance(value, str):
                 described["metric"] = getattr(value, "name", type(value).__name__)
+            elif callable(value):
+                described[item.name] = getattr(value, "__qualname__", type(value).__name__)
             else:
                 described[item.name] = to_plain(value)
         return described
@@ -220,12 +239,8 @@ def load(what: str | Path | Job) -> Job:
             raise errors.BadInput(f"{file} does not exist (looked in {Path.cwd()}).{_nearby(path)}")
         origin = f"{path.resolve()}:{name}" if name else str(path.resolve())
         return replace(_job_in(_import_file(path), name, text), origin=origin)
-    if name and "/" not in file and not Path(text).exists():
-        try:
-            module = importlib.import_module(file)
-        except ModuleNotFoundError as error:
-            raise errors.BadInput(f"{text}: no module named {error.name!r} can be imported from {Path.cwd()}.") from None
-        return replace(_job_in(module, name, text), origin=text)
+    if name and "/" not in file:
+        return replace(_job_in(_import_module(file), name, text), origin=text)
     path = Path(text)
     if not path.exists():
         raise errors.BadInput(f"{text} does not exist (looked in {Path.cwd()}).{_nearby(path)}")
@@ -264,6 +279,18 @@ def takes_schema(factory: Callable[..., Any]) -> bool:
     return any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
 
 
+def _number_faults(name: str, value: Any, low: float, high: float) -> list[str]:
+    if isinstance(value, Real) and math.isfinite(value) and low <= float(value) <= high:
+        return []
+    must = f"be a number of at least {low:g}" if high == math.inf else f"lie between {low:g} and {high:g}"
+    return [f"{name} is {f'{float(value):g}' if isinstance(value, Real) else repr(value)}; it must {must}."]
+
+
+def _count_faults(name: str, value: Any, least: int = 1) -> list[str]:
+    good = isinstance(value, Integral) and int(value) >= least
+    return [] if good else [f"{name} is {value!r}; it must be a whole number of at least {least}."]
+
+
 def _is_module(value: object) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.nn.Module)
@@ -282,22 +309,40 @@ def _import_file(path: Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
+    _put_on_path(path.resolve().parent)
+    with _running(path, str(path)):
         spec.loader.exec_module(module)
+    return module
+
+
+def _import_module(name: str) -> Any:
+    _put_on_path(Path.cwd())
+    with _running(None, f"{name} (imported in {Path.cwd()})"):
+        return importlib.import_module(name)
+
+
+def _put_on_path(folder: Path) -> None:
+    """Let a job import what lies beside it, also later in its functions, as a script can."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+@contextlib.contextmanager
+def _running(path: Path | None, what: str) -> Iterator[None]:
+    """Turn what the user's code raises into `BadInput` with its line in the file `path`; None: in the module being imported."""
+    try:
+        yield
     except errors.DelestError:
         raise
     except Exception as error:
-        frames = [
-            frame
+        lines = [
+            frame.lineno
             for frame in traceback.extract_tb(error.__traceback__)
-            if Path(frame.filename) == path.resolve() or frame.filename == str(path)
+            if (frame.name == "<module>" if path is None else Path(frame.filename).resolve() == path.resolve())
         ]
-        line = f", line {frames[-1].lineno}" if frames else f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise errors.BadInput(f"{path}{line}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    return module
+        number = lines[-1] if lines else error.lineno if isinstance(error, SyntaxError) else None
+        line = f", line {number}" if number else ""
+        raise errors.BadInput(f"{what}{line}: {type(error).__name__}: {error}") from error
 
 
 def _job_in(module: Any, name: str, text: str) -> Job:
@@ -314,7 +359,8 @@ def _job_in(module: Any, name: str, text: str) -> Job:
         if found is None:
             raise errors.BadInput(f"{text} holds no delest.Job: write `job = delest.Job(model=..., data=...)` in it.")
     if callable(found) and not isinstance(found, Job):
-        found = found()
+        with _running(Path(module.__file__), text):
+            found = found()
     if not isinstance(found, Job):
         raise errors.BadInput(f"{text}: {name or 'job'} is a {type(found).__name__}, not a delest.Job.")
     return found

@@ -36,7 +36,13 @@ def call(
         return _function(function)(job, **arguments)
     with tempfile.TemporaryDirectory(prefix="delest-") as folder:
         request, answer, printed = (Path(folder, name) for name in ("request.json", "answer.json", "printed.txt"))
-        asked = {"function": function, "job": job.describe(), "arguments": arguments, "answer": str(answer), "parent": os.getpid()}
+        asked = {
+            "function": function,
+            "job": job.describe(),
+            "arguments": arguments,
+            "answer": str(answer),
+            "parent": os.getpid(),
+        }
         request.write_text(json.dumps(asked))
         # Files, not pipes: a pipe stays open, and is waited for, while anything that the child started holds it.
         with open(request) as given, open(printed, "w") as said:

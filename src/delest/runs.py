@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from delest import errors, job as jobs, storage
-from delest.records.form import read_json
+from delest.records.form import read_json, read_object
 from delest.records.plan import Plan
 from delest.records.run import Run
 
@@ -18,15 +19,19 @@ ROOT = Path("runs")
 def place(out: str | Path | None, title: str) -> Path:
     """The folder of a new run: `out`, or the next free runs/TITLE-001. Nothing is made yet.
 
-    Raises `BadInput` where `out` holds another run or anything else, or is a file.
+    Raises `BadInput` where `out` holds another run or anything else, is a file, or cannot be written.
     """
     if out is None:
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", title).strip("-.") or "job"
-        taken = [int(path.name.rpartition("-")[2]) for path in ROOT.glob(f"{name}-*") if path.name.rpartition("-")[2].isdigit()]
-        return ROOT / f"{name}-{max(taken, default=0) + 1:03d}"
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise errors.BadInput(f"{folder} is a file: --out must name a folder.")
+        found = (re.fullmatch(re.escape(name) + r"-(\d+)", path.name, re.ASCII) for path in ROOT.glob(f"{name}-*"))
+        folder = ROOT / f"{name}-{max((int(match[1]) for match in found if match), default=0) + 1:03d}"
+    else:
+        folder = Path(out)
+    home = next(path for path in (folder, *folder.parents) if path.exists())
+    if not home.is_dir():
+        raise errors.BadInput(f"{home} is a file: --out must name a folder.")
+    if not os.access(home, os.W_OK):
+        raise errors.BadInput(f"{home} may not be written by this user: choose another place with --out.")
     if (folder / "job.json").exists():
         raise errors.BadInput(f"{folder} holds another run: choose another --out, or go on with that run by --resume.")
     if folder.exists() and any(folder.iterdir()):
@@ -38,12 +43,16 @@ def claim(folder: Path, job: jobs.Job, plan: Plan) -> None:
     """Make the folder and write what the run is: `job.json`, `plan.json`. Two runs never get the same folder."""
     with storage.room_reported(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        storage.write_json(folder / "plan.json", plan)
         try:
-            with open(folder / "job.json", "x") as file:
-                file.write(json.dumps({"format": 1, **job.describe()}, indent=2) + "\n")
+            open(folder / "plan.json", "x").close()  # the claim: only one can make it
         except FileExistsError:
             raise errors.BadInput(f"{folder} was taken by another run just now: start again.") from None
+    try:
+        storage.write_json(folder / "plan.json", plan)
+        storage.write_json(folder / "job.json", job.describe())  # last: from here on the folder holds a run
+    except errors.DiskFull:
+        (folder / "plan.json").unlink()
+        raise
 
 
 def unfinished(out: str | Path | None, job: jobs.Job | None) -> Path:
@@ -55,8 +64,7 @@ def unfinished(out: str | Path | None, job: jobs.Job | None) -> Path:
         return folder
     candidates = sorted(ROOT.glob("*/job.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in candidates:
-        described = json.loads(path.read_text())
-        if (job is None or described["origin"] == job.origin) and read(path.parent).status != "done":
+        if _can_go_on(path.parent, job):
             return path.parent
     raise errors.BadInput(
         f"there is no unfinished run {'of this job ' if job else ''}under {ROOT.resolve()}: name its folder with --out."
@@ -66,10 +74,12 @@ def unfinished(out: str | Path | None, job: jobs.Job | None) -> Path:
 def job_of(folder: Path, given: jobs.Job | None = None) -> jobs.Job:
     """The job of a run, as `job.json` has it; code comes from its origin, or from the job that is given where it has none.
 
-    Raises `BadInput` where an option that was given differs from the run's.
+    Raises `BadInput` where the job that is given is another one, or an option that was given differs from the run's.
     """
     described = _described(folder)
     if given is not None:
+        if given.origin and described["origin"] and given.origin != described["origin"]:
+            raise errors.BadInput(f"{folder} is a run of {described['origin']}, not of {given.origin}: name that job, or none.")
         now = given.describe()
         changed = []
         for name in given.set_by:
@@ -89,10 +99,10 @@ def job_of(folder: Path, given: jobs.Job | None = None) -> jobs.Job:
 
 
 def read(folder: Path) -> Run:
-    """The run's record; one that is not there yet reads as running."""
+    """The run's record, with the folder as its path (it may have been moved); one that is not there yet reads as running."""
     path = folder / "run.json"
     if path.exists():
-        return read_json(Run, path)
+        return replace(read_json(Run, path), path=folder)
     return Run(path=folder, name=folder.name, status="running", job=_described(folder))
 
 
@@ -107,14 +117,13 @@ def find(run: Run | str | Path) -> Path:
     return folder
 
 
-def _described(folder: Path) -> dict[str, Any]:
+def _can_go_on(folder: Path, job: jobs.Job | None) -> bool:
     try:
-        described = json.loads((folder / "job.json").read_text())
-    except ValueError as error:
-        raise errors.BadInput(f"{folder / 'job.json'} is not valid JSON ({error}).") from None
-    if described.get("format", 1) > 1:
-        raise errors.BadInput(
-            f"{folder / 'job.json'} was written by a newer delest (format {described['format']}): upgrade delest to read it."
-        )
-    described.pop("format", None)
-    return described
+        return (job is None or _described(folder)["origin"] == job.origin) and read(folder).status != "done"
+    except errors.BadInput:
+        return False  # a damaged run must not stand in the way of a whole one
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """The content of `job.json`; a field that is not there has its default."""
+    return {**jobs.Job().describe(), **read_object(folder / "job.json")}

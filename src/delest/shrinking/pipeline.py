@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -248,13 +249,16 @@ def _ship(work: _Work, candidates: Mapping[str, Candidate], layers: list[str], p
 
 
 def _time(work: _Work, models: Mapping[str, Model], size: int) -> dict[str, tuple[float, float, float]]:
-    """Median and quartiles of one call on `size` rows, all forms taking turns."""
+    """Median and quartiles of one call on `size` rows, all forms taking turns.
+
+    The trained model gets its rows preprocessed, the others raw, and nothing but its answer is timed: what is left of the
+    comparison leans to its side.
+    """
     prepared = _take(next(iter(work.judging.ordered())).inputs, size)
     raw = _take(next(iter(work.judging.raw())).inputs, size)
-    calls: dict[str, Callable[[], object]] = {"torch": lambda: work.session.predict(prepared)}
-    for name, model in models.items():
-        calls[name] = lambda model=model: model.predict(raw)  # type: ignore[misc]
-    return time_alternating(calls)
+    calls: dict[str, Callable[[], object]] = {name: partial(model.predict, raw) for name, model in models.items()}
+    with work.session.answering() as answer:
+        return time_alternating({"torch": partial(answer, prepared), **calls})
 
 
 def _take(inputs: Any, rows: int) -> Any:

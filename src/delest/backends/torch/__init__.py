@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from delest.backends.torch import optimizers
+from delest.backends.torch.lean import bare_step
 from delest.backends.torch.session import TorchSession
+from delest.job import Recipe
 
 if TYPE_CHECKING:
     from delest.job import Job
@@ -19,15 +24,11 @@ class TorchBackend:
     name = "torch"
 
     def warm(self) -> None:
-        """Load what the first optimizer step would load (about 100 MB and a second), so that readings of memory start after it."""
-        import torch
-
+        """Load what a first step loads, so that readings of memory start after it."""
         layer = torch.nn.Linear(8, 8)
-        optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-        for _ in range(2):
-            layer(torch.ones(4, 8)).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        (optimizer,) = optimizers.build(layer, Recipe())
+        layer(torch.ones(4, 8)).sum().backward()
+        bare_step(optimizer)()
 
     def session(self, job: Job, plan: Plan, schema: Schema) -> TorchSession:
         return TorchSession(job, plan, schema)

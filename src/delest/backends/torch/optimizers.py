@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from delest import errors
+from delest.backends.torch.lean import spare_the_compiler
 from delest.backends.torch.muon import Muon
 from delest.job import Recipe
 
@@ -34,6 +35,7 @@ def build(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
 
     Raises `BadInput` for a name that torch.optim does not have and settings that the optimizer does not take.
     """
+    spare_the_compiler()
     name = recipe.optimizer.lower()
     decay = DEFAULT_DECAY.get(name, 0.0) if recipe.weight_decay is None else recipe.weight_decay
     if name == "muon":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from delest import errors
 from delest.backends.torch import losses, methods, model as models, optimizers, randomness
+from delest.backends.torch.lean import bare_step
 from delest.job import Job
 from delest.records.batch import Batch, Lazy, Outputs, State, Step
 from delest.records.plan import Plan
@@ -37,6 +38,7 @@ class TorchSession:
         self.guarded = plan.memory_bytes is not None
         methods.apply_all(plan, self)
         self.optimizers = optimizers.build(self.model, job.recipe)
+        self._updates = [bare_step(optimizer) for optimizer in self.optimizers]
         self._base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         randomness.seed_all(job.seed)
 
@@ -63,8 +65,8 @@ class TorchSession:
                 total = loss.detach() if total is None else total + loss.detach()
             phase = "optimizer"
             norm = self._clip()
-            for optimizer in self.optimizers:
-                optimizer.step()
+            for update in self._updates:
+                update()
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -117,8 +119,14 @@ class TorchSession:
 
     def predict(self, inputs: Any) -> Any:
         """Outputs for inputs as the model receives them (NumPy), in evaluation mode and fp32 as an export has them, NumPy."""
+        with self.answering() as answer:
+            return answer(inputs)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[Callable[[Any], Any]]:
+        """`predict` for many calls: modes and random state are kept once around all, which costs more than a small network."""
         with self._evaluating():
-            return _numpy(self._answer(self._to_tensor(inputs)))
+            yield lambda inputs: _numpy(self._answer(self._to_tensor(inputs)))
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
