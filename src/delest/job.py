@@ -97,7 +97,7 @@ class Recipe:
         for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("memory_format", MEMORY_FORMATS)):
             if getattr(self, name) not in known:
                 found.append(unknown(name.replace("_", " "), getattr(self, name), known))
-        if isinstance(self.augment, str):
+        if not isinstance(self.augment, (tuple, list)):
             found.append(f"augment is {self.augment!r}: give a tuple of names, as in augment=('flip',).")
         else:
             found.extend(unknown("augmentation", name, AUGMENTATIONS) for name in self.augment if name not in AUGMENTATIONS)
@@ -214,8 +214,9 @@ def rebuild(description: dict[str, Any]) -> Job:
     }
     changes["split"] = Split(**description["split"])
     changes["recipe"] = Recipe(**{**description["recipe"], "augment": tuple(description["recipe"]["augment"])})
-    for name in ("loss", "metric"):
-        if isinstance(getattr(base, name), str):
+    unchanged = base.describe()
+    for name in ("loss", "metric"):  # a name where another was chosen over the file's, be that a name or code
+        if description[name] != unchanged[name]:
             changes[name] = description[name]
     if description["data"] is not None:
         changes["data"] = description["data"]
@@ -359,7 +360,7 @@ def _job_in(module: Any, name: str, text: str) -> Job:
         if found is None:
             raise errors.BadInput(f"{text} holds no delest.Job: write `job = delest.Job(model=..., data=...)` in it.")
     if callable(found) and not isinstance(found, Job):
-        with _running(Path(module.__file__), text):
+        with _running(Path(getattr(module, "__file__", None) or text), text):
             found = found()
     if not isinstance(found, Job):
         raise errors.BadInput(f"{text}: {name or 'job'} is a {type(found).__name__}, not a delest.Job.")

@@ -119,3 +119,9 @@ def test_loading_a_bundle_imports_no_torch(bundle, pictures):
     model, _ = bundle(image_network(3, 2), pictures)
     program = f"import sys; from delest.bundle import load; load({str(model.folder)!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(2, 2), (None, 0)])
+def test_threads_are_those_asked_for(bundle, pictures, threads, expected):
+    model, _ = bundle(image_network(3, 2), pictures)
+    assert load(model.folder, threads=threads).session.get_session_options().intra_op_num_threads == expected

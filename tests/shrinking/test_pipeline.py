@@ -1,3 +1,4 @@
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -106,6 +107,31 @@ def test_what_is_written_agrees_with_what_is_returned(tmp_path, digits):
     assert (tmp_path / "bundle" / "model.onnx").stat().st_size == candidates(shrunk)["fp32"].file_bytes
     assert (tmp_path / "bundle" / "weights.safetensors").exists()
     assert not (tmp_path / "shrunk" / "weights.safetensors").exists()
+
+
+def test_the_trained_model_is_timed_without_the_cost_of_keeping_its_state(tmp_path, digits, monkeypatch):
+    class Costly(Session):
+        def predict(self, inputs):
+            called.append("predict")
+            return super().predict(inputs)
+
+        @contextlib.contextmanager
+        def answering(self):
+            yield super().predict
+
+    called = []
+    session = Costly(digits.session.module)
+
+    def timed(calls):
+        called.clear()
+        for call in calls.values():
+            call()
+        assert list(calls) == ["torch", "fp32", "int8"]
+        assert not called
+        return dict.fromkeys(calls, (1.0, 0.9, 1.1))
+
+    monkeypatch.setattr(pipeline, "time_alternating", timed)
+    shrink(tmp_path, digits, session=session)
 
 
 def test_int8_is_rejected_where_nothing_may_be_lost(tmp_path, digits):

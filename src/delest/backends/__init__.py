@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +28,12 @@ class Session(Protocol):
 
     def outputs(self, feed: Any) -> Iterator[Outputs]:
         """Evaluation mode over `feed.ordered()`, batch by batch, NumPy."""
+
+    def predict(self, inputs: Any) -> Any:
+        """Outputs for inputs as the model receives them, in evaluation mode and fp32, NumPy in and out."""
+
+    def answering(self) -> AbstractContextManager[Callable[[Any], Any]]:
+        """`predict` for many calls: what it has to keep and restore is kept once around all of them."""
 
     def state(self) -> State:
         """Weights, buffers, optimizer and random state."""
