@@ -327,7 +327,11 @@ def test_what_was_changed_is_changed_there_too(here, name):
 
 def test_code_is_described_by_its_name():
     job = Job(
-        model=functools.partial(Accuracy), loss=Accuracy, step=lambda model, batch: None, metric=Accuracy(), data=Path("a/x.npz")
+        model=functools.partial(Accuracy),
+        loss=Accuracy,
+        step=lambda model, batch: None,
+        metric=Accuracy(),
+        data=Path("a/x.npz"),
     )
     described = json.loads(json.dumps(job.describe()))
     assert (described["model"], described["loss"], described["metric"]) == ("partial", "Accuracy", "top1")
@@ -347,7 +351,9 @@ def test_numpy_numbers_in_a_job_are_described():
 def test_a_plain_job_has_no_fault():
     assert Job(data="x.npz").faults() == []
     assert Job(data="x.npz", model=Accuracy, loss=Accuracy(), metric=Accuracy()).faults() == []
-    named = [Job(data="x", metric=name) for name in ("auto", *metrics.NAMES)] + [Job(data="x", loss=name) for name in jobs.LOSSES]
+    named = [Job(data="x", metric=name) for name in ("auto", *metrics.NAMES)] + [
+        Job(data="x", loss=name) for name in jobs.LOSSES
+    ]
     assert [job.faults() for job in named] == [[]] * len(named)
 
 

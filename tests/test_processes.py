@@ -153,7 +153,11 @@ def start_and_wait(job: jobs.Job, pids: Path) -> subprocess.Popen[str]:
     """A process that has called `sleep`, once that is under way."""
     code = f"from delest import job, processes; processes.call('children:sleep', job.load({job.origin!r}), pids={str(pids)!r})"
     caller = subprocess.Popen(
-        [sys.executable, "-c", code], env={**os.environ, **ENVIRONMENT}, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", code],
+        env={**os.environ, **ENVIRONMENT},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     wait_until(lambda: pids.exists() or caller.poll() is not None)
     return caller

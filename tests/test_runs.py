@@ -279,7 +279,8 @@ def test_a_damaged_record_is_named(here):
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("kept", "is not valid JSON"), ("[]", "not an object"), ('{"format": 2}', "upgrade delest to read it")]
+    ("content", "words"),
+    [("kept", "is not valid JSON"), ("[]", "not an object"), ('{"format": 2}', "upgrade delest to read it")],
 )
 def test_a_job_file_that_cannot_be_read_is_named(here, content, words):
     folder = begin("a", jobs.load("one.py"))

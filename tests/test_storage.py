@@ -1,18 +1,17 @@
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from disks import small_disk
 from hypothesis import given, settings, strategies as st
 
 from delest import errors, storage
@@ -107,22 +106,6 @@ def test_a_line_beyond_the_room_is_said_and_the_next_takes_its_place(tmp_path):
     assert storage.read_lines(path) == [{"step": 1}, {"step": 2}]
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """A file system of that size. Needs the right to mount."""
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        reason = f"no right to mount a small file system ({done.stderr.strip()}); enable it with: sudo make test"
-        if os.environ.get("DELEST_CI") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def test_a_full_disk_keeps_the_old_content(tmp_path):
     with small_disk(tmp_path / "disk", "64k"):
         path = tmp_path / "disk" / "x"
@@ -167,7 +150,10 @@ def test_a_record_and_a_mapping_are_written_alike(tmp_path):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False)), max_size=4)
+    st.lists(
+        st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False)),
+        max_size=4,
+    )
 )
 def test_lines_read_back_as_they_were_appended(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("lines") / "x.jsonl"

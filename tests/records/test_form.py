@@ -286,9 +286,7 @@ def test_plain_data(value, plain):
 
 def test_a_newer_format_is_refused():
     (fault,) = refuse(run.Best, {"format": 2, "step": 1, "epoch": 1.0, "score": 0.5})
-    assert fault == (
-        "run.json has format 2, this delest reads up to 1: a newer delest wrote it; upgrade delest to read it."
-    )
+    assert fault == ("run.json has format 2, this delest reads up to 1: a newer delest wrote it; upgrade delest to read it.")
 
 
 def test_a_format_that_is_no_number_is_refused():
