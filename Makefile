@@ -2,7 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 # Two workers on two cores: more threads in each would only wait for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+BENCH := .venv-bench
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow check bench clean
@@ -34,9 +35,18 @@ check: $(READY)  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## measure every figure that is promised, into benchmarks/results
-	@set -e; for file in $$(grep -l '^if __name__' benchmarks/*.py); do echo "== $$file"; $(BIN)/python $$file; done
+# The peers have an environment of their own: some of them change what others do when they are merely installed.
+$(BENCH)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install -q -c constraints.txt torch
+	$(BENCH)/bin/pip install -q -c constraints.txt -e '.[dev,lightning]'
+	@touch $@
+
+bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmarks/results (CIFAR10=FOLDER for its row)
+	$(BENCH)/bin/python benchmarks/startup.py
+	$(BENCH)/bin/python benchmarks/run.py $(if $(CIFAR10),--cifar10 $(CIFAR10))
+	$(BENCH)/bin/python benchmarks/digits.py
 
 clean:  ## remove the virtual environment and what tools leave behind; runs stay
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(BENCH) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -24,11 +24,14 @@ RESULTS = HERE / "results"
 _CODE = ("src", "benchmarks/*.py", "examples", "constraints.txt")  # what a figure may depend on
 
 
-def read_options(about: str, rows: Sequence[str]) -> argparse.Namespace:
-    """`--only ROW` (may be repeated; all by default) and `--minutes N`, after which no further row is begun."""
+def read_options(about: str, rows: Sequence[str], **more: str) -> argparse.Namespace:
+    """`--only ROW` (may be repeated; all by default) and `--minutes N`, after which no further row is begun; `more` are
+    further options that take a text, by name with their help."""
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--only", action="append", choices=rows, help="measure this row only; may be repeated")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further row after this time")
+    for name, text in more.items():
+        parser.add_argument(f"--{name}", help=text)
     options = parser.parse_args()
     options.only = options.only or list(rows)
     return options
@@ -75,6 +78,11 @@ def write_results(name: str, rows: Sequence[dict[str, Any]], bounds: Sequence[di
 def bound_at_most(name: str, value: float, bound: float) -> dict[str, Any]:
     """A promised figure that must not be exceeded."""
     return {"name": name, "value": value, "bound": bound, "ok": value <= bound}
+
+
+def bound_at_least(name: str, value: float, bound: float) -> dict[str, Any]:
+    """A promised figure that must be reached."""
+    return {"name": name, "value": value, "bound": bound, "ok": value >= bound}
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -17,11 +17,8 @@ from delest.job import Job
 
 ERRORS: dict[str, errors.DelestError] = {
     "BadInput": errors.BadInput(["lr is -1.", "unknown metric 'acuracy'."]),
-    "DiskFull": errors.DiskFull("no room on disk."),
-    "NothingFits": errors.NothingFits("nothing fits 10 MiB.", 300 << 20),
     "OutOfMemory": errors.OutOfMemory("optimizer", "12 MiB were asked for"),
     "Interrupted": errors.Interrupted(15, "delest train job.py --resume"),
-    "ProbeFailed": errors.ProbeFailed("a child of the child was killed.", -9),
 }
 
 

@@ -18,17 +18,23 @@ def score(name: str, outputs, targets) -> float:
     return metric.compute(metric.update(metric.init(), np.asarray(outputs), np.asarray(targets)))
 
 
+def rows(name: str, outputs, targets) -> np.ndarray:
+    judge = metrics.named(name).rows
+    assert judge is not None
+    return judge(outputs, targets)
+
+
 # Values worked out by hand
 
 
 def test_accuracy():
     assert score("accuracy", LOGITS, LABELS) == 0.75
-    assert metrics.named("accuracy").rows(LOGITS, LABELS).tolist() == [1, 1, 0, 1]
+    assert rows("accuracy", LOGITS, LABELS).tolist() == [1, 1, 0, 1]
 
 
 def test_top5_accuracy():
     outputs = -np.abs(np.arange(8)[None] - np.array([[0], [7], [3]]))  # nearest class first
-    assert metrics.named("top5_accuracy").rows(outputs, np.array([4, 2, 7])).tolist() == [1, 0, 0]
+    assert rows("top5_accuracy", outputs, np.array([4, 2, 7])).tolist() == [1, 0, 0]
     assert score("top5_accuracy", LOGITS, LABELS) == 1.0  # three classes are all among the best five
 
 
@@ -38,7 +44,7 @@ def test_errors_of_numbers():
     assert score("rmse", outputs, targets) == pytest.approx(math.sqrt(13 / 4))
     assert score("mae", outputs, targets) == 5 / 4
     assert score("r2", outputs, targets) == pytest.approx(1 - 13 / 6)  # the targets' squared deviations: 4 + 1 + 0 + 1
-    assert metrics.named("mae").rows(np.array(outputs), np.array(targets)).tolist() == [0, 2, 3, 0]
+    assert rows("mae", np.array(outputs), np.array(targets)).tolist() == [0, 2, 3, 0]
 
 
 def test_r2_of_a_perfect_and_of_a_constant_answer():
@@ -95,16 +101,16 @@ def test_auc_of_more_than_two_classes_is_refused():
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=40))
-def test_auc_is_the_share_of_pairs_in_the_right_order(rows):
-    outputs, targets = np.array([float(value) for value, _ in rows]), np.array([int(label) for _, label in rows])
-    pairs = [(p > n) + 0.5 * (p == n) for p in outputs[targets == 1] for n in outputs[targets == 0]]
+def test_auc_is_the_share_of_pairs_in_the_right_order(pairs):
+    outputs, targets = np.array([float(value) for value, _ in pairs]), np.array([int(label) for _, label in pairs])
+    wins = [(p > n) + 0.5 * (p == n) for p in outputs[targets == 1] for n in outputs[targets == 0]]
     found = score("auc", outputs, targets)
-    assert found == pytest.approx(sum(pairs) / len(pairs)) if pairs else math.isnan(found)
+    assert found == pytest.approx(sum(wins) / len(wins)) if wins else math.isnan(found)
 
 
 @given(st.lists(st.tuples(st.lists(st.floats(-5, 5), min_size=4, max_size=4), st.integers(0, 3)), min_size=1, max_size=30))
-def test_scores_of_classes_agree_with_a_confusion_matrix(rows):
-    outputs, targets = np.array([values for values, _ in rows]), np.array([label for _, label in rows])
+def test_scores_of_classes_agree_with_a_confusion_matrix(pairs):
+    outputs, targets = np.array([values for values, _ in pairs]), np.array([label for _, label in pairs])
     confusion = np.zeros((4, 4))
     np.add.at(confusion, (targets, outputs.argmax(1)), 1)
     occurs = confusion.sum(1) > 0
@@ -120,12 +126,12 @@ def test_scores_of_classes_agree_with_a_confusion_matrix(rows):
 # What holds for all
 
 
-def example(name: str, rows: int = 37):
+def example(name: str, count: int = 37):
     random = np.random.default_rng(5)
     if name in metrics.OF_NUMBERS:
-        return random.normal(size=(rows, 1)), random.normal(size=rows)
+        return random.normal(size=(count, 1)), random.normal(size=count)
     classes = 2 if name == "auc" else 7
-    return random.normal(size=(rows, classes)).round(1), random.integers(0, classes, rows)
+    return random.normal(size=(count, classes)).round(1), random.integers(0, classes, count)
 
 
 @pytest.mark.parametrize("name", metrics.NAMES)
@@ -141,7 +147,7 @@ def test_updates_in_pieces_equal_one_of_the_whole(name):
 @pytest.mark.parametrize("name", [name for name in metrics.NAMES if metrics.named(name).rows is not None])
 def test_the_mean_of_rows_is_the_score(name):
     outputs, targets = example(name)
-    values = metrics.named(name).rows(outputs, targets)
+    values = rows(name, outputs, targets)
     assert values.shape == (37,)
     mean = values.mean()
     assert score(name, outputs, targets) == pytest.approx(math.sqrt(mean) if name == "rmse" else mean)

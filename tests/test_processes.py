@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import children
 import psutil
 import pytest
 
+import children
 from delest import errors, job as jobs, processes
 
 TESTS = str(Path(__file__).parent)
@@ -114,9 +114,7 @@ def test_another_error_shows_the_last_lines_that_were_printed(job):
     ("name", "arguments", "code", "words"),
     [
         ("end", {"status": 3}, 3, "ended with status 3 before it answered.\nthe last words"),
-        ("end", {"status": 0}, 0, "ended with status 0 before it answered."),
         ("kill", {"number": int(signal.SIGKILL)}, -9, "was killed by signal 9 (Killed) (most often: memory ran out)"),
-        ("kill", {"number": int(signal.SIGTERM)}, -15, "was killed by signal 15 (Terminated) before it answered."),
         ("segfault", {}, -11, "was killed by signal 11 (Segmentation fault) before it answered."),
         ("give_what_is_no_json", {}, 1, "not JSON serializable"),
         ("no_such_function", {}, 1, "has no attribute 'no_such_function'"),

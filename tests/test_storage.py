@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from disks import small_disk
 from hypothesis import given, settings, strategies as st
 
 from delest import errors, storage
+from disks import small_disk
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,11 @@ def test_a_file_that_is_not_there_has_no_lines(tmp_path):
 WHOLE = b'{"step": 1}\n{"step": 2}\n'
 
 
-@pytest.mark.parametrize("half", [b"{", b'{"step": 3', b'{"step": 3}', b'{"a": "\xc3', b"\x00" * 50])
+@pytest.mark.parametrize(
+    "half",
+    [b"{", b'{"step": 3', b'{"step": 3}', b'{"a": "\xc3', b"\x00" * 50],
+    ids=["brace", "cut", "whole", "letter", "zeros"],
+)
 def test_a_half_line_is_left_out_and_does_not_spoil_the_next(tmp_path, half):
     path = tmp_path / "x.jsonl"
     path.write_bytes(WHOLE + half)

@@ -124,7 +124,7 @@ EXAMPLES: tuple[Any, ...] = (
 )
 
 
-def records() -> set[type]:
+def records() -> set[Any]:
     rooms = (footprint, hardware, plan, run, shrunk, source)
     return {
         kind

@@ -1,0 +1,98 @@
+"""The README's table of results, made from the results files; a test holds that the README shows it as it is.
+
+python benchmarks/table.py --write
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- results: python benchmarks/table.py --write -->", "<!-- end of results -->"
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((HERE / "results" / f"{name}.json").read_text())
+
+
+def render() -> str:
+    """The table in Markdown, with the machine and versions above it."""
+    digits, run, startup = read("digits"), read("run"), read("startup")
+    machine, versions = digits["machine"], digits["versions"]
+    lines = [
+        f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['instruction_sets'])}), "
+        f"{machine['memory_bytes'] / 2**30:.0f} GiB, no GPU; Python {versions['python']}, torch {versions['torch']}, "
+        f"ONNX Runtime {versions['onnxruntime']}, Lightning {versions.get('lightning', 'none')}.",
+        "",
+        "| what | baseline | delest | reproduce by |",
+        "|---|---|---|---|",
+        *_digits(digits["rows"]),
+        *_run({row["row"]: row for row in run["rows"]}),
+        _startup({row["row"]: row for row in startup["rows"]}),
+    ]
+    return "\n".join(lines)
+
+
+def _digits(rows: list[dict[str, Any]]) -> list[str]:
+    by: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        by.setdefault(row["rival"], {})[row["seed"]] = row
+    ours = by["delest train"]
+    lines = []
+    for peer, name in (
+        ("plain", "plain PyTorch loop"),
+        ("lightning", "Lightning"),
+        ("plain with delest's recipe", "plain loop, delest's recipe"),
+    ):
+        theirs = by[peer]
+        ratio = statistics.median(theirs[seed]["seconds"] / ours[seed]["seconds"] for seed in ours)
+        lines.append(
+            f"| official MNIST example's network, 8,000 digits, against {name} | {_seconds(theirs)}, {_accuracy(theirs)} | "
+            f"**{_seconds(ours)}, {_accuracy(ours)}** ({ratio:.1f}x) | `python benchmarks/digits.py` |"
+        )
+    return lines
+
+
+def _run(rows: dict[str, dict[str, Any]]) -> list[str]:
+    digits, photos = rows["digits"], rows["cifar10"]
+    torch, int8 = digits["forms"]["torch"], digits["forms"]["int8"]
+    return [
+        f"| `make demo`: data to trained, smaller, reported model | | **{digits['seconds']:.0f} s, {100 * digits['test_accuracy']:.1f} %**, "
+        f"{digits['resident_bytes'] / 2**20:.0f} MiB resident | `python benchmarks/run.py` |",
+        f"| its model's size, int8 | {torch['weights_bytes'] / 1024:.0f} KiB (fp32 weights) | **{int8['file_bytes'] / 1024:.0f} KiB** "
+        f"({digits['times_smaller']:.1f}x), drop at most {100 * max(0.0, int8['bound']['upper']):.1f} points | `python benchmarks/run.py` |",
+        f"| its latency, one image | {1e6 * torch['latency_seconds']['1']:.0f} µs (PyTorch eager) | **{1e6 * int8['latency_seconds']['1']:.0f} µs** "
+        f"| `python benchmarks/run.py` |",
+        f"| CIFAR-10, 5,000 photographs, whole run | | **{photos['resident_bytes'] / 2**20:.0f} MiB resident**, {photos['seconds']:.0f} s "
+        f"| `python benchmarks/run.py --cifar10 FOLDER` |",
+    ]
+
+
+def _startup(rows: dict[str, dict[str, Any]]) -> str:
+    bare, ours = rows["bare interpreter"]["median_seconds"], rows["delest --help"]["median_seconds"]
+    return f"| `delest --help` | {bare:.2f} s (bare interpreter) | **{ours:.2f} s** | `python benchmarks/startup.py` |"
+
+
+def _seconds(rows: dict[int, dict[str, Any]]) -> str:
+    return f"{statistics.median(row['seconds'] for row in rows.values()):.0f} s"
+
+
+def _accuracy(rows: dict[int, dict[str, Any]]) -> str:
+    return f"{100 * statistics.mean(row['accuracy'] for row in rows.values()):.2f} %"
+
+
+def main() -> None:
+    table = f"{BEGIN}\n{render()}\n{END}"
+    if "--write" in sys.argv:
+        text = README.read_text()
+        README.write_text(text[: text.index(BEGIN)] + table + text[text.index(END) + len(END) :])
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
