@@ -35,6 +35,6 @@ job = delest.Job(
     model=Net,
     data=os.environ.get("DIGITS"),  # an .npz with x_train, y_train, x_test, y_test
     batch_size=64,
-    split=delest.Split(train=0.72, validation=0.04, selection=0.04, test=0.2),
+    split=delest.Split(train=0.74, validation=0.03, selection=0.03, test=0.2),
     recipe=delest.Recipe(),
 )

@@ -16,6 +16,7 @@ import pytest
 
 from delest import __version__, cli, errors, job as jobs
 from delest.records.hardware import Check, Diagnosis, Hardware
+from delest.records.plan import Plan
 from delest.records.run import Run, Summary
 
 HARDWARE = Hardware(
@@ -32,6 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[tuple[Any, ...], d
     noted: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     answers: dict[str, Callable[..., Any]] = {
         "inspect": lambda job: SUMMARY,
+        "plan": lambda *a, **k: Plan(batch_size=4, micro_batch=2),
         "train": lambda *a, **k: Run(
             path=Path("runs/x-001"), name="x", status="done", metric="accuracy", test={"accuracy": 0.5}
         ),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import subprocess
 import textwrap
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from torch import nn
 import delest
 from delest import errors
 from delest.cli import main
+from disks import small_disk
 
 HEAD = """
 import numpy as np
@@ -188,22 +186,6 @@ def test_a_budget_that_nothing_fits_names_the_smallest_that_works(here, capsys):
     )
     assert "nothing fits 9.5 MiB" in said
     assert "--memory" in said
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str):
-    """A file system of that size. Needs the right to mount."""
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        reason = f"no right to mount a small file system ({done.stderr.strip()}); enable it with: sudo make test"
-        if os.environ.get("DELEST_CI") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_full_disk_is_said_before_training(here, capsys):

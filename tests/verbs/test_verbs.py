@@ -38,7 +38,9 @@ def images(rows: int = 800) -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture
 def job(tmp_path, monkeypatch) -> delest.Job:
     monkeypatch.chdir(tmp_path)
-    return delest.Job(model=network, data=images(), batch_size=32, recipe=delest.Recipe(epochs=3), name="small")
+    return delest.Job(
+        model=network, data=images(), batch_size=32, recipe=delest.Recipe(epochs=3, memory_format="contiguous"), name="small"
+    )
 
 
 class Notes(Progress):

@@ -19,7 +19,7 @@ import typer
 from delest import __version__, errors, storage
 from delest.records.form import to_json
 
-COMMANDS = ("run", "inspect", "train", "shrink", "report", "predict", "doctor")
+COMMANDS = ("run", "inspect", "plan", "train", "shrink", "report", "predict", "doctor")
 _INTERRUPTED = 130  # 128 + SIGINT
 # Newer versions of typer carry click inside, older ones import it; its base classes have no public name in either.
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]

@@ -37,6 +37,7 @@ class PlainProgress(Progress):
     def __init__(self) -> None:
         self._last = 0.0
         self._begun: tuple[float, int] | None = None
+        self._score = ""
 
     def stage(self, text: str) -> None:
         self.say(text)
@@ -56,10 +57,10 @@ class PlainProgress(Progress):
             self.say("  " + self.line(step, total_steps, loss, samples_per_second, resident, peak))
 
     def line(self, step: int, total_steps: int, loss: float, samples_per_second: float, resident: int, peak: int) -> str:
-        """Step, loss, speed, memory now and at its highest, time left."""
+        """Step, loss, the last score, speed, memory now and at its highest, time left."""
         speed = f"{samples_per_second:,.0f} samples/s, " if samples_per_second else ""
         return (
-            f"step {step:,} of {total_steps:,}: loss {loss:.4f}, {speed}"
+            f"step {step:,} of {total_steps:,}: loss {loss:.4f}, {self._score}{speed}"
             f"memory {format_bytes(resident)} (peak {format_bytes(peak)}){self.left(step, total_steps)}"
         )
 
@@ -71,6 +72,7 @@ class PlainProgress(Progress):
 
     def evaluated(self, epoch: float, values: dict[str, float], best: bool) -> None:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self._score = shown.partition(",")[0] + ", "
         self.say(f"  epoch {epoch:g}: validation {shown}{'  (best so far)' if best else ''}")
 
 
