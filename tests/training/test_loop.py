@@ -186,6 +186,8 @@ def test_a_loss_that_is_not_finite_goes_back_with_half_the_rate(tmp_path):
     line = storage.read_lines(tmp_path / "decisions.jsonl")[0]
     assert (line["kind"], line["at"], line["rate_scale"]) == ("setback", 12, 0.5)
     assert all(np.isfinite(array).all() for array in made.session.weights().values())
+    steps = [row["step"] for row in storage.read_lines(tmp_path / "metrics.jsonl") if row["kind"] == "train"]
+    assert steps == sorted(set(steps)), "what was undone is still in the metrics"
 
 
 def test_the_third_time_it_stops_and_the_last_good_state_is_kept(tmp_path):

@@ -75,8 +75,6 @@ class Trainer:
         if not self._take_up_newest():
             return False
         self.decisions = Decisions(self.folder / "decisions.jsonl", self.position.decisions)
-        rows = [row for row in storage.read_lines(self.folder / "metrics.jsonl") if row["step"] <= self.position.step]
-        storage.write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         return True
 
     def _take_up_newest(self) -> bool:
@@ -88,6 +86,8 @@ class Trainer:
         self.position = Position(**position)
         if (path / "best.safetensors").exists():
             storage.write_atomic(self.folder / "best.safetensors", (path / "best.safetensors").read_bytes())
+        rows = [row for row in storage.read_lines(self.folder / "metrics.jsonl") if row["step"] <= self.position.step]
+        storage.write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         return True
 
     def train(self) -> None:
@@ -300,7 +300,8 @@ class Trainer:
                 f"{why} at step {failed}, the {setbacks}{'st' if setbacks == 1 else 'nd' if setbacks == 2 else 'rd'} time, at {p.rate_scale:g} of the learning rate. "
                 "Give a lower --lr, clip gradients (--clip 1.0), or look for extreme values in the data. The last good state is kept."
             )
-        assert self._take_up_newest(), "a checkpoint is written before the first step"
+        found = self._take_up_newest()
+        assert found, "a checkpoint is written before the first step"
         self._pending, p = [], self.position
         self.decisions.take("setback", p.step, failed_at=failed, why=why, rate_scale=scale)
         self._slow_down(setbacks, scale, spent)
