@@ -12,6 +12,7 @@ EXAMPLES: list[tuple[errors.DelestError, int]] = [  # with the exit status that 
     (errors.BadInput("photos does not exist."), 2),
     (errors.BadInput(["lr is -1.", "unknown metric 'acuracy'."]), 2),
     (errors.MissingExtra("schedulefree is not installed: pip install delest[schedulefree]."), 2),
+    (errors.FolderTaken("runs/x-001 was taken by another run just now: start again."), 2),
     (errors.DiskFull("no room on disk to write runs."), 2),
     (errors.NothingFits("nothing fits 10 MiB.", 300 << 20), 3),
     (errors.NothingFits("nothing fits."), 3),

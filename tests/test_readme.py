@@ -48,7 +48,7 @@ def runs(tmp_path_factory) -> Path:
 
 def test_five_lines_of_plain_onnxruntime_run_the_bundle(runs):
     code = next(block for block in blocks("python") if "onnxruntime" in block)
-    assert len(code.strip().splitlines()) == 5
+    assert len([line for line in code.splitlines() if line]) == 5
     done = subprocess.run(
         [sys.executable, "-c", code + "\nimport sys\nassert 'torch' not in sys.modules"],
         cwd=runs,

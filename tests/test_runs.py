@@ -120,7 +120,7 @@ def test_a_claim_writes_what_the_run_is(here):
     folder = begin("a/b", job)
     assert sorted(contents(folder)) == ["job.json", "plan.json"]
     described = json.loads((folder / "job.json").read_text())
-    assert described == {"format": 1, **job.describe()}
+    assert described == {"format": 1, **job.describe(), "settings": {}}
     assert described["set_by"] == {"recipe.lr": "command line"}
     assert runs.read_json(Plan, folder / "plan.json") == PLAN
     assert runs.job_of(folder) == job
@@ -263,7 +263,7 @@ def test_a_run_without_a_record_is_running(here):
     folder = begin("runs/one-001", jobs.load("one.py"))
     run = runs.read(folder)
     assert (run.path, run.name, run.status) == (folder, "one-001", "running")
-    assert run.job == jobs.load("one.py").describe()
+    assert run.job == {**jobs.load("one.py").describe(), "settings": {}}
 
 
 def test_a_run_that_was_moved_knows_where_it_is(here):

@@ -47,6 +47,10 @@ class MissingExtra(BadInput):
     """An optional dependency is needed that is not installed."""
 
 
+class FolderTaken(BadInput):
+    """Another run made the folder first."""
+
+
 class DiskFull(BadInput):
     """There is no room for what must be written. Nothing half-written is left behind."""
 
@@ -102,12 +106,13 @@ class CheckFailed(DelestError):
 
 
 class Interrupted(DelestError):
-    """A signal ended the work at a safe point; `command` goes on from there."""
+    """A signal ended the work at a safe point; `command` goes on from there, empty where nothing had begun."""
 
     def __init__(self, signal_number: int, command: str):
         self.signal_number, self.command = signal_number, command
         self.exit_status = 128 + signal_number
-        super().__init__(f"stopped by signal {signal_number}; everything is saved. Go on with: {command}")
+        saved = f"everything is saved. Go on with: {command}" if command else "the run had not begun, and nothing was written."
+        super().__init__(f"stopped by signal {signal_number}; {saved}")
 
     def fields(self) -> dict[str, object]:
         return {"signal_number": self.signal_number, "command": self.command}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,24 +40,47 @@ def place(out: str | Path | None, title: str) -> Path:
     return folder
 
 
-def claim(folder: Path, job: jobs.Job, plan: Plan) -> None:
-    """Make the folder and write what the run is: `job.json`, `plan.json`. Two runs never get the same folder."""
+def claim(
+    folder: Path,
+    job: jobs.Job,
+    plan: Plan,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    files: Mapping[str, Any] | None = None,
+) -> None:
+    """Make the folder and write what the run is: `plan.json`, `files` (JSON by name), and last `job.json` with `settings`.
+
+    Two runs never get the same folder: raises `FolderTaken`.
+    """
     with storage.room_reported(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             open(folder / "plan.json", "x").close()  # the claim: only one can make it
         except FileExistsError:
-            raise errors.BadInput(f"{folder} was taken by another run just now: start again.") from None
+            raise errors.FolderTaken(f"{folder} was taken by another run just now: start again.") from None
     try:
         storage.write_json(folder / "plan.json", plan)
-        storage.write_json(folder / "job.json", job.describe())  # last: from here on the folder holds a run
+        for name, content in (files or {}).items():
+            storage.write_json(folder / name, content)
+        storage.write_json(
+            folder / "job.json", {**job.describe(), "settings": dict(settings or {})}
+        )  # last: from here on the folder holds a run
     except errors.DiskFull:
-        (folder / "plan.json").unlink()
+        for name in ("plan.json", *(files or {})):
+            (folder / name).unlink(missing_ok=True)
         raise
 
 
-def unfinished(out: str | Path | None, job: jobs.Job | None) -> Path:
-    """The folder to resume: `out`, or the newest unfinished run of this job. Raises `BadInput` where there is none."""
+def settings_of(folder: Path) -> dict[str, Any]:
+    """What the run was told besides its job, by name."""
+    return _described(folder).get("settings", {})
+
+
+def unfinished(out: str | Path | None, job: jobs.Job | None, *, whole: bool = False) -> Path:
+    """The folder to resume: `out`, or the newest unfinished run of this job; `whole` runs are finished by their report.
+
+    Raises `BadInput` where there is none.
+    """
     if out is not None:
         folder = Path(out)
         if not (folder / "job.json").exists():
@@ -64,7 +88,7 @@ def unfinished(out: str | Path | None, job: jobs.Job | None) -> Path:
         return folder
     candidates = sorted(ROOT.glob("*/job.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in candidates:
-        if _can_go_on(path.parent, job):
+        if _can_go_on(path.parent, job, whole):
             return path.parent
     raise errors.BadInput(
         f"there is no unfinished run {'of this job ' if job else ''}under {ROOT.resolve()}: name its folder with --out."
@@ -117,9 +141,10 @@ def find(run: Run | str | Path) -> Path:
     return folder
 
 
-def _can_go_on(folder: Path, job: jobs.Job | None) -> bool:
+def _can_go_on(folder: Path, job: jobs.Job | None, whole: bool) -> bool:
     try:
-        return (job is None or _described(folder)["origin"] == job.origin) and read(folder).status != "done"
+        done = read(folder).status == "done" and (not whole or (folder / "report.html").exists())
+        return (job is None or _described(folder)["origin"] == job.origin) and not done
     except errors.BadInput:
         return False  # a damaged run must not stand in the way of a whole one
 

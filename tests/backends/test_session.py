@@ -258,3 +258,78 @@ def test_regression_does_not_broadcast_a_column_against_a_row():
         return model
 
     assert float(session(zero, schema).step(given, 1.0).loss) == pytest.approx((1 + 4 + 9 + 16) / 4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_state_of_bf16_weights_goes_round(optimizer):
+    def halved() -> nn.Module:
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        return model.to(torch.bfloat16)
+
+    def step(net, given):
+        return nn.functional.cross_entropy(net(given.inputs.to(torch.bfloat16)).float(), given.targets)
+
+    trained = session(halved, step=step, recipe=Recipe(optimizer=optimizer))
+    trained.step(batch(), 1.0)
+    state = trained.state()
+    kept = replace(state, arrays={name: np.array(array) for name, array in state.arrays.items()})
+    for _ in range(3):
+        trained.step(batch(), 1.0)
+    expected = trained.weights()
+    again = session(halved, step=step, recipe=Recipe(optimizer=optimizer), seed=3)
+    again.load(kept)
+    for _ in range(3):
+        again.step(batch(), 1.0)
+    assert same(expected, again.weights())
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5, 7, 9])
+def test_the_last_smaller_batch_is_never_cut_to_single_rows_of_a_normalised_model(rows):
+    trained = session(convolutional, IMAGES, split_plan(2))
+    trained.step(batch(rows, (3, 8, 8)), 1.0)  # torch's batch normalisation raises on a single value per channel
+    assert all(np.isfinite(array).all() for array in trained.weights().values())
+
+
+def test_modes_that_the_factory_set_stay():
+    def frozen() -> nn.Module:
+        model = convolutional()
+        model[1].eval()
+        return model
+
+    trained = session(frozen, IMAGES)
+    trained.step(batch(shape=(3, 8, 8)), 1.0)
+    assert trained.weights()["1.num_batches_tracked"] == 0
+
+
+class Detector(nn.Module):
+    """Like torchvision's: a dictionary of losses in training mode, a list of findings in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm = nn.Linear(6, 3), nn.BatchNorm1d(6)
+
+    def forward(self, x, targets=None):
+        scores = self.inner(self.norm(x))
+        if self.training:
+            return {"classes": nn.functional.cross_entropy(scores, targets), "boxes": scores.square().mean()}
+        return [{"scores": row} for row in scores]
+
+
+def test_a_detector_is_judged_by_its_metric_or_by_its_loss_in_training_mode():
+    class Feed:
+        def ordered(self):
+            return iter([batch()])
+
+    def step(net, given):
+        return sum(net(given.inputs, given.targets).values())
+
+    judged = session(Detector, step=step, predict=lambda net, x: net(x))
+    (found,) = judged.outputs(Feed())
+    assert len(found.outputs) == 12
+    assert np.isnan(found.losses).all()
+    measured = session(Detector, step=step)
+    (found,) = measured.outputs(Feed())
+    assert found.outputs is None
+    assert np.isfinite(found.losses).all()
+    assert measured.weights()["norm.num_batches_tracked"] == 0
+    assert measured.model.training

@@ -178,3 +178,33 @@ def test_numbers_alone(bundle, tmp_path):
     model, feed = bundle(number_network(2), path, target="y")
     expected = np.concatenate([model.predict(batch.inputs) for batch in feed.raw()])
     np.testing.assert_allclose([answer["value"] for answer in predict_rows(model, [path])], expected, rtol=1e-6)
+
+
+def refused(model, paths, text):
+    with pytest.raises(errors.BadInput) as caught:
+        predict_rows(model, paths)
+    assert text in str(caught.value)
+
+
+def test_files_without_rows_and_arrays_with_gaps(bundle, table, tmp_path):
+    model, _ = bundle(table_network(3, 2), table, target="target")
+    (tmp_path / "none.csv").write_text(table.read_text().splitlines()[0] + "\n")
+    refused(model, [tmp_path / "none.csv"], "none.csv holds no rows")
+    model, _ = bundle(number_network(3, 2), (np.random.default_rng(0).standard_normal((40, 3)), np.arange(40) % 2))
+    np.save(tmp_path / "gaps.npy", np.array([[1, 2, 3], [1, np.nan, np.inf]]))
+    refused(model, [tmp_path / "gaps.npy"], "has 2 NaN or infinite values, the first at [1, 1]")
+    np.save(tmp_path / "none.npy", np.empty((0, 3)))
+    refused(model, [tmp_path / "none.npy"], "none.npy holds no rows")
+
+
+def test_decimal_commas_and_codes_are_read_as_in_training(bundle, tmp_path):
+    lines = ["price;plz;target", *(f"{i % 7},25;0{1000 + i % 3};{i},5" for i in range(30))]
+    path = tmp_path / "commas.csv"
+    path.write_text("\n".join(lines))
+    model, feed = bundle(table_network(1, 1), path, target="target")
+    [(_, raw)] = read_inputs(model, [path])
+    expected = np.concatenate([batch.inputs["price"] for batch in feed.raw()])
+    np.testing.assert_array_equal(raw["price"], expected)
+    assert raw["plz"].tolist() == [f"0{1000 + i % 3}" for i in range(30)]
+    path.write_text("\n".join([*lines[:2], "1,2,3;01000;1"]))
+    refused(model, [path], "row 1 has '1,2,3'")

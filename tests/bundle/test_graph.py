@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from delest.bundle.graph import assemble, head
-from delest.data import open_source
+from delest.data import fit_preprocessing, open_source
 from delest.data.images import fit
 from delest.data.preprocessing import Preprocessing
 from delest.records.source import Column, Schema, Target
@@ -50,7 +50,7 @@ def test_a_table_bundle_takes_one_raw_input_a_column(bundle, table):
     network = table_network(3, 2)  # price, its indicator, the unnamed column; colour, big
     model, feed = bundle(network, table, target="target")
     names = [(entry["name"], entry["dtype"]) for entry in model.description["inputs"]]
-    assert names == [("price", "float32"), ("colour", "string"), ("big", "string"), ("column", "float32")]
+    assert names == [("price", "float64"), ("colour", "string"), ("big", "string"), ("column", "float64")]
     for batch, raw in zip(feed.ordered(), feed.raw(), strict=True):
         assert np.isnan(raw.inputs["price"]).any()
         expected = feed.preprocessing.restore(run_network(network, batch.inputs))
@@ -175,3 +175,36 @@ def test_varying_sizes_are_taken_as_they_are(bundle, tmp_path):
         expected = model.predict({"image": fit(Image.fromarray(picture), source.image_size)[None]})
         np.testing.assert_allclose(model.predict({"image": picture[None]}), expected, atol=5e-3)
     assert fitted.shape[1:3] == (source.image_size, source.image_size)
+
+
+def test_a_tuple_of_arrays_is_named_by_place(bundle):
+    random = np.random.default_rng(0)
+    inputs = random.normal(size=(40, 3)).astype(np.float32), random.normal(size=(40, 2)).astype(np.float32)
+    shapes = {"x0": (TensorProto.FLOAT, [3]), "x1": (TensorProto.FLOAT, [2])}
+    nodes = [helper.make_node("Concat", ["x0", "x1"], ["output"], axis=1)]
+    network = make_network(nodes, shapes, {"output": (TensorProto.FLOAT, [5])}, {})
+    model, feed = bundle(network, (inputs, np.arange(40) % 5))
+    batch, raw = next(feed.ordered()), next(feed.raw())
+    np.testing.assert_allclose(model.predict(raw.inputs), softmax(np.concatenate(batch.inputs, axis=1)), atol=1e-6)
+
+
+def test_large_offsets_keep_their_resolution(bundle):
+    seconds = 1.7e9 + np.random.default_rng(0).integers(0, 500, 40)
+    table = {"seconds": seconds, "other": np.ones(40), "target": seconds - 1.7e9 + 0.5}
+    model, feed = bundle(number_network(2), table, target="target")
+    batch, raw = next(feed.ordered()), next(feed.raw())
+    expected = feed.preprocessing.restore(run_network(number_network(2), batch.inputs))
+    np.testing.assert_allclose(model.predict(raw.inputs), expected, rtol=1e-5)
+    assert abs(np.diff(batch.inputs[:, 0])).min() * feed.preprocessing.std["seconds"][0] == pytest.approx(
+        abs(np.diff(seconds[batch.index])).min(), abs=0.01
+    )
+
+
+def test_whole_numbers_that_are_no_ids_are_standardised():
+    values = np.random.default_rng(0).integers(0, 9, (40, 3)) + (1 << 40)
+    source = open_source((values, np.arange(40) / 7))
+    preprocessing = fit_preprocessing(source, np.arange(40), ids=False)
+    model = assemble(number_network(3), preprocessing)
+    standardised = preprocessing.inputs(source.read(np.arange(40)))
+    expected = preprocessing.restore(run_network(number_network(3), standardised))
+    np.testing.assert_allclose(run_network(model, {"x": values}), expected, rtol=1e-4)

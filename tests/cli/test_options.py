@@ -62,6 +62,7 @@ def test_every_field_of_the_recipe_has_an_option(field: str) -> None:
         ("--skip-bad", {"skip_bad": True}),
         ("--no-skip-bad", {"skip_bad": False}),
         ("--split-by day", {"split.by": "day"}),
+        ("--split-kind group", {"split.kind": "group"}),
         ("--target y --rows 5 --image-size 32", {"target": "y", "rows": 5, "image_size": 32}),
         ("--loss mse --metric rmse --name n", {"loss": "mse", "metric": "rmse", "name": "n"}),
         ("--augment flip --augment noise", {"recipe.augment": ["flip", "noise"]}),

@@ -114,8 +114,8 @@ def test_raw_tables():
     }
     source = open_source(data, target="target")
     raw = raw_rows(source, np.array([0, 1]))
-    np.testing.assert_array_equal(raw["size"], np.array([1.5, np.nan], np.float32))
-    assert raw["size"].dtype == np.float32
+    np.testing.assert_array_equal(raw["size"], np.array([1.5, np.nan]))
+    assert raw["size"].dtype == np.float64
     assert raw["town"].tolist() == ["b", ""]
     assert raw["userId"].tolist() == ["0", "1"]
     batches = list(feed_of(source).raw())

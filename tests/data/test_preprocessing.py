@@ -139,3 +139,33 @@ def test_json_there_and_back():
     again = from_json(Preprocessing, json.loads(json.dumps(to_json(fit))))
     assert again == fit
     np.testing.assert_array_equal(again.inputs(rows)["numbers"], fit.inputs(rows)["numbers"])
+
+
+def test_a_tuple_of_inputs_stays_one():
+    first, second = RNG.standard_normal((40, 2)), LABELS[:, None]
+    _, fit, rows = fitted(((first, second), LABELS))
+    got = fit.inputs(rows)
+    assert isinstance(got, tuple)
+    assert [part.dtype for part in got] == [np.float32, np.int64]
+    np.testing.assert_array_equal(got[1], second)
+    assert from_json(Preprocessing, to_json(fit)).positional
+    _, fit, rows = fitted(((first, second), LABELS), np.arange(10), rows=20)
+    assert isinstance(fit.inputs(rows), tuple)
+    _, fit, rows = fitted(((first,), LABELS))
+    assert fit.inputs(rows).shape == (40, 2)
+
+
+def test_whole_numbers_are_standardised_where_nobody_looks_them_up():
+    values = RNG.integers(0, 9, (40, 3)) + (1 << 40)
+    source = open_source((values, LABELS))
+    fit = fit_preprocessing(source, np.arange(40), ids=False)
+    got = fit.inputs(source.read(np.arange(40)))
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, (values - values.mean(0)) / values.std(0), atol=1e-3)
+
+
+def test_large_offsets_keep_their_resolution():
+    seconds = 1.7e9 + np.arange(40.0)
+    _, fit, rows = fitted({"seconds": seconds, "other": np.ones(40), "target": LABELS}, np.arange(40))
+    np.testing.assert_allclose(fit.inputs(rows)[:, 0], (seconds - seconds.mean()) / seconds.std(), atol=1e-5)
+    assert fit.std["other"] == (1.0,)

@@ -157,3 +157,41 @@ def test_a_sample_of_some_rows():
     assert len(chosen) == 20
     assert (chosen % 2 == 0).all()
     assert (chosen >= 150).sum() == 5
+
+
+def kind_of(name, values):
+    return split(source_of(np.arange(len(values)) % 2, **{name: values}), Split(by=name), 0).how
+
+
+@pytest.mark.parametrize("name", ["candidate_no", "lifetime", "runtime", "updates"])
+def test_words_that_merely_hold_a_word_of_time(name):
+    assert kind_of(name, np.arange(100) // 5).startswith("split by group")
+
+
+@pytest.mark.parametrize("name", ["time", "birth_year", "orderDate", "Order Date", "TIMESTAMP", "yearSold"])
+def test_words_of_time(name):
+    assert kind_of(name, np.arange(100)) == f"split by time of {name!r}: test is the latest"
+
+
+DAYS = np.datetime64("2022-12-01") + np.arange(100)[::-1]
+
+
+@pytest.mark.parametrize(
+    "form", ["{m}/{d}/{y}", "{d}/{m}/{y}", "{d}.{m}.{y}", "{y}-{m}-{d} 07:30", "{m}/{d}/{y} 5:30 PM", "{d:02}.{m:02}.22"]
+)
+def test_dates_as_text_are_times(form):
+    days = DAYS if "22" not in form else DAYS - 100
+    texts = np.array([form.format(y=day.year, m=day.month, d=day.day) for day in days.tolist()])
+    divided = split(source_of(np.arange(100) % 2, day=texts), Split(by="day"), 0)
+    assert divided["test"].tolist() == list(range(10))
+    assert "time of 'day'" in divided.how
+
+
+def test_dates_as_text_that_cannot_be_ordered():
+    labels = np.arange(40) % 2
+    bad(source_of(labels, day=np.array(["03/04/2023", "05/06/2023"] * 20)), Split(by="day"), "the day may be the month")
+    mixed = source_of(labels, day=np.array([*(f"3/{i + 1}/2023" for i in range(20)), "soon", *["14.3.2023"] * 19]))
+    bad(mixed, Split(by="day"), "'soon' for one")
+    bad(source_of(labels, day=np.array(["b", "a"] * 20)), Split(by="day", kind="time"), "no one form")
+    assert split(mixed, Split(by="day", kind="group"), 0).how.startswith("split by group")
+    assert "time" not in kind_of("version", np.array(["1.2.3", "1.10.0", "2.0.1", "3.0.0"] * 10))

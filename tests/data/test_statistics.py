@@ -68,3 +68,13 @@ def test_large_sources_are_sampled():
     summary = summarise(synthetic(28, 28, 1, rows=1_000_000), {"train": np.arange(10)})
     assert 100 < summary.columns[0]["mean"] < 156
     assert sum(summary.classes.values()) == 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"), [("time", "test is the latest"), ("group", "rows of each of its 20 values stay together")]
+)
+def test_what_the_column_to_split_by_was_taken_for(kind, how):
+    data = {"x": np.ones((100, 2)), "part": np.arange(100) // 5, "target": np.arange(100) % 2}
+    source = open_source(data, target="target", split_by="part")
+    summary = summarise(source, split(source, Split(by="part", kind=kind), 0))
+    assert f"split by {kind} of 'part': {how}" in summary.notes

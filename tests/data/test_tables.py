@@ -184,3 +184,31 @@ def test_files_with_other_columns(tmp_path):
 
 def test_columns_that_differ_in_length():
     bad({"a": np.ones(3), "y": np.ones(4)}, "differ in length: a 3, y 4", target="y")
+
+
+def test_decimal_commas(tmp_path):
+    path = written(tmp_path / "d.csv", "a;b;c;y\n1,5;x,1;;0,5\n-2;x,2;,25;1,5\n;x,1;1e3;2,5\n")
+    source = open_source(path)
+    assert {column.name: column.kind for column in source.schema.inputs} == {"a": "number", "b": "category", "c": "number"}
+    rows = source.read(np.arange(3))
+    np.testing.assert_array_equal(rows["a"], [1.5, -2, np.nan])
+    np.testing.assert_array_equal(rows["c"], [np.nan, 0.25, 1000])
+    assert rows["y"].tolist() == [0.5, 1.5, 2.5]
+
+
+def test_codes_with_leading_zeros(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_LOOKED_AT_ROWS", 2)
+    text = "plz,size,y\n" + "20095,10,0\n80331,0,1\n" * 2 + "01067,30,1\n"
+    for name in ("d.csv", "^d$.csv"):
+        source = open_source(written(tmp_path / name, text))
+        assert [column.kind for column in source.schema.inputs] == ["category", "number"]
+        assert source.schema.inputs[0].categories == ("01067", "20095", "80331")
+
+
+def test_dates_whose_day_may_be_the_month(tmp_path):
+    rows = "".join(f"{i},0{i % 9 + 1}/0{i % 7 + 1}/2021,{i % 2}\n" for i in range(60))
+    path = written(tmp_path / "d.csv", "x,day,y\n" + rows)
+    source = open_source(path, split_by="day")
+    with pytest.raises(errors.BadInput, match="the day may be the month"):
+        split(source, Split(by="day"), 0)
+    assert "dates and times are no input" in open_source(path).left_out[0]

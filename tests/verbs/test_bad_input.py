@@ -138,6 +138,8 @@ def test_labels_out_of_the_models_range_and_a_model_that_does_not_fit_its_loss(h
         ({"model": dict}, "the model factory gave a dict"),
         ({"model": lambda: 1 / 0}, "building the model failed: ZeroDivisionError"),
         ({"step": lambda net, batch: net(batch.inputs).missing}, "the step failed"),
+        ({"model": lambda: nn.Sequential(nn.Linear(6, 3), nn.Softmax(1))}, "leave the softmax out"),
+        ({"step": lambda net, batch: net(batch.inputs).square().mean(), "predict": lambda net, x: net.missing}, "missing"),
     ],
 )
 def test_models_and_losses_that_cannot_train(here, job, words):
@@ -245,3 +247,24 @@ def test_resuming_what_is_not_there_or_has_changed(here, capsys):
         capsys, "train", write_job(here, "job = delest.Job(model=model, data=(x, y), batch_size=16)"), "--resume"
     )
     assert "holds no run to resume" in refuse(capsys, "train", "--out", "nowhere", "--resume")
+
+
+@pytest.mark.parametrize(
+    "loss", ["bce", lambda outputs, targets: nn.functional.binary_cross_entropy(outputs[:, 0], targets.float())]
+)
+def test_a_single_probability_where_a_logit_is_needed(here, loss):
+    x = np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32)
+    job = delest.Job(
+        model=lambda: nn.Sequential(nn.Linear(6, 1), nn.Sigmoid()), data=(x, np.arange(200) % 2), loss=loss, batch_size=32
+    )
+    with pytest.raises(errors.BadInput, match="leave the sigmoid out"):
+        delest.plan(job)
+
+
+def test_a_device_that_is_not_there(here, capsys):
+    job = write_job(here, "job = delest.Job(model=model, data=(x, y), batch_size=16)")
+    assert "unknown device 'tpu'" in refuse(capsys, "train", job, "--device", "tpu")
+    import torch
+
+    if not torch.cuda.is_available():
+        assert "--device cuda cannot be used" in refuse(capsys, "train", job, "--device", "cuda")

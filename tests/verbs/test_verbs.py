@@ -111,7 +111,7 @@ def test_a_budget_splits_the_batch_and_keeps_steps_and_schedule(job):
         choices=(*tight.choices, Choice(method="micro_batch", config={"rows": 8}, keeps="rounding", why="")),
         micro_batch=8,
     )
-    parts = delest.train(job, plan=split, say=Progress(), threads=1)
+    parts = delest.train(job, plan=split, say=Progress())
     assert parts.steps == whole.steps
     rates = [
         [
@@ -169,6 +169,8 @@ def test_resuming_a_job_of_objects_needs_the_job_and_a_finished_one_has_nothing_
     run = delest.train(job, say=Progress())
     with pytest.raises(errors.BadInput, match="no unfinished run of this job"):
         delest.train(job, resume=True, say=Progress())
+    again = delest.train(job, out=run.path, resume=True, say=Progress())
+    assert (again.weights_sha256, again.measured, again.seconds) == (run.weights_sha256, run.measured, run.seconds)
     with pytest.raises(errors.BadInput, match="pass it again"):
         delest.train(out=run.path, resume=True, say=Progress())
 
@@ -189,3 +191,109 @@ def test_tables_train_from_a_path_alone(job, tmp_path):
     assert run.test["rmse"] < 0.6 * run.data.baseline["rmse"]
     answer = delest.predict(run.path, ["homes.csv"])[0]
     assert 20 < answer["value"] < 220
+
+
+def test_a_preview_neither_follows_nor_writes_decisions_of_the_working_folder(job):
+    line = json.dumps({"kind": "setback", "at": 0, "rate_scale": 0.0}) + "\n"
+    Path("decisions.jsonl").write_text(line)
+    run = delest.train(job, preview=0.3, say=Progress())
+    assert run.preview["validation"]["accuracy"] > 0.5
+    assert Path("decisions.jsonl").read_text() == line
+
+
+def interrupted(job, monkeypatch, **settings) -> Path:
+    """A run that a signal stopped after its first steps."""
+    import signal
+
+    from delest.backends.torch.session import TorchSession
+
+    original, calls = TorchSession.step, []
+
+    def stepping(self, batch, rate):
+        calls.append(1)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, batch, rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchSession, "step", stepping)
+        with pytest.raises(errors.Interrupted) as raised:
+            delest.train(job, out="stopped", say=Progress(), plan=one_plan(job), **settings)
+    assert "resume=True" in str(raised.value)
+    return Path("stopped")
+
+
+def one_plan(job):
+    from delest.records.plan import Plan
+
+    return Plan(batch_size=job.batch_size, micro_batch=job.batch_size, threads=1)
+
+
+def test_a_run_goes_on_with_the_settings_it_began_with(job, monkeypatch):
+    from dataclasses import replace
+
+    long = replace(job, recipe=replace(job.recipe, epochs=2000, patience=10_000))
+    folder = interrupted(long, monkeypatch, time=2.0)
+    for name, value in (("memory", "1GiB"), ("threads", 7), ("init_from", "w.safetensors")):
+        with pytest.raises(errors.BadInput, match=f"--{name.replace('_', '-')}: a run goes on with the settings it began with"):
+            delest.train(long, out=folder, resume=True, say=Progress(), **{name: value})
+    run = delest.train(long, out=folder, resume=True, say=Progress())
+    assert run.stopped_by == "time"
+
+
+def test_a_run_without_its_checkpoints_begins_anew_and_says_so(job, monkeypatch):
+    import shutil
+
+    folder = interrupted(job, monkeypatch)
+    shutil.rmtree(folder / "checkpoints")
+    notes = Notes()
+    run = delest.train(job, out=folder, resume=True, say=notes)
+    assert any("training begins anew" in note for note in notes.notes)
+    steps = [
+        row["step"] for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if row["kind"] == "train"
+    ]
+    assert steps == sorted(set(steps))
+    assert run.weights_sha256 == delest.train(job, plan=one_plan(job), say=Progress()).weights_sha256
+
+
+def test_a_plan_and_a_budget_together_are_refused(job):
+    with pytest.raises(errors.BadInput, match="the plan that was given says so already"):
+        delest.train(job, plan=one_plan(job), memory="1GiB", say=Progress())
+
+
+class Unexportable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(64, 4)
+
+    def forward(self, x):
+        scores = self.inner(x.flatten(1))
+        return scores if scores.sum().item() > 0 else scores + 0  # a branch on data has no graph
+
+
+def test_a_model_that_cannot_be_exported_is_trained_and_reported(job):
+    from dataclasses import replace
+
+    with pytest.raises(errors.DelestError):
+        delest.run(replace(job, model=Unexportable), say=Progress())
+    assert runs.read(Path("runs/small-001")).status == "done"
+    assert Path("runs/small-001/report.html").exists()
+    assert not Path("runs/small-001/bundle").exists()
+
+
+def test_a_killed_shrink_is_gone_on_with(job, monkeypatch):
+    from delest.shrinking import pipeline
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_quantize", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            delest.run(job, say=Progress())
+    run = delest.run(job, resume=True, say=Progress())
+    assert run.path == Path("runs/small-001")
+    assert (run.path / "shrunk" / "shrink.json").exists()
+
+
+def test_data_alone_get_a_batch_that_fits(job):
+    x, y = images(60)
+    np.savez("few.npz", x=x, y=y)
+    assert delest.train("few.npz", say=Progress()).plan.batch_size == 5

@@ -35,7 +35,7 @@ def assemble(network: ModelProto, preprocessing: Preprocessing) -> ModelProto:
     """The bundle's model: raw inputs to `probabilities` float32 [B, K], `value` float32 [B] or the network's own outputs.
 
     `network` takes inputs as `Schema` says, by the names that the export gives them. Raw inputs are `image` uint8 [B, H, W, C];
-    arrays by column name as stored; of a table each column, float32 [B] with NaN for missing or string [B].
+    arrays by column name as stored; of a table each column, float64 [B] with NaN for missing or string [B].
     """
     schema = preprocessing.schema
     inner = onnx.compose.add_prefix(network, _PREFIX)
@@ -124,7 +124,7 @@ def _put_in_front(front: _Nodes, preprocessing: Preprocessing, first: str) -> li
         if schema.categories:
             _add_categories(front, schema.categories)
         return [
-            _tensor(input_name(column), np.dtype("float32" if column.kind == "number" else object), ["batch"])
+            _tensor(input_name(column), np.dtype("float64" if column.kind == "number" else object), ["batch"])
             for column in schema.inputs
         ]
     for column in schema.inputs:
@@ -176,8 +176,8 @@ def _add_numbers(front: _Nodes, preprocessing: Preprocessing, output: str) -> No
     mean, scale = (
         np.concatenate(parts) for parts in zip(*(_moments(preprocessing, column) for column in columns), strict=True)
     )
-    centred = front.add("Sub", raw, front.constant(mean, np.float32))
-    scaled = front.add("Mul", centred, front.constant(scale, np.float32))
+    centred = front.add("Sub", raw, front.constant(mean, np.float64))
+    scaled = front.add("Cast", front.add("Mul", centred, front.constant(scale, np.float64)), to=TensorProto.FLOAT)
     marked = [place for place, column in enumerate(columns) if column.name in preprocessing.indicators]
     numbers = front.add("Where", missing, front.constant(0, np.float32), scaled, output=None if marked else output)
     if marked:
@@ -206,10 +206,11 @@ def _add_array(front: _Nodes, preprocessing: Preprocessing, column: Column, outp
         front.add("Cast", input_name(column), to=TensorProto.INT64, output=output)
         return
     mean, scale = (values.reshape(-1, *(1,) * (len(column.shape) - 1)) for values in _moments(preprocessing, column))
-    floats = front.add("Cast", input_name(column), to=TensorProto.FLOAT)
-    front.add(
-        "Mul", front.add("Sub", floats, front.constant(mean, np.float32)), front.constant(scale, np.float32), output=output
-    )
+    exact = np.dtype("float64" if column.dtype == "int64" else "float32")
+    floats = front.add("Cast", input_name(column), to=helper.np_dtype_to_tensor_dtype(exact))
+    centred = front.add("Sub", floats, front.constant(mean, exact))
+    scaled = front.add("Mul", centred, front.constant(scale, exact))
+    front.add("Cast", scaled, to=TensorProto.FLOAT, output=output)
 
 
 def _add_stack(front: _Nodes, columns: Sequence[str], output: str | None = None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +149,8 @@ def _read_arrays(model: Model, files: Sequence[Path]) -> Iterator[Raw]:
 
 def _open_arrays(file: Path, schema: Schema, any_size: bool, faults: list[str]) -> dict[str, NDArray]:
     """The bundle's inputs from a file, [N, ...] each; what is missing or does not fit becomes a fault."""
-    from delest.data.arrays import INPUT_NAMES
+    from delest.data.arrays import INPUT_NAMES, not_finite
+    from delest.data.stored import Memory
 
     try:
         loaded = np.load(file, mmap_mode="r", allow_pickle=False)
@@ -164,20 +165,28 @@ def _open_arrays(file: Path, schema: Schema, any_size: bool, faults: list[str]) 
             *(INPUT_NAMES if len(schema.inputs) == 1 else ()),
             *(held if len(held) == 1 == len(schema.inputs) else ()),
         ]
-        found = next((held[name] for name in names if name in held), None)
-        if found is None:
+        found_name = next((name for name in names if name in held), None)
+        if found_name is None:
             faults.append(f"{file} holds {', '.join(held)}; the array {column.name!r} is missing.")
             continue
-        array = _in_layout(found, column)
+        array = _in_layout(held[found_name], column)
         fault = _misfit(array, column, any_size)
         if fault:
             faults.append(f"{file}: {fault}")
+        elif not len(array):
+            faults.append(_no_rows(file))
+        elif array.dtype.kind == "f":
+            faults += not_finite(found_name, Memory(array), str(file))
         arrays[input_name(column)] = array
     if len({len(array) for array in arrays.values()}) > 1:
         faults.append(
             f"{file}: arrays differ in length: {', '.join(f'{name} {len(array):,}' for name, array in arrays.items())}."
         )
     return arrays
+
+
+def _no_rows(file: Path) -> str:
+    return f"{file} holds no rows: there is nothing to predict."
 
 
 def _in_layout(array: NDArray, column: Column) -> NDArray:
@@ -223,10 +232,10 @@ def _read_tables(schema: Schema, files: Sequence[Path]) -> Iterator[Raw]:
 
 
 def _read_table(file: Path, schema: Schema, faults: list[str]) -> dict[str, NDArray]:
-    """The bundle's columns [N]: float32 with NaN for missing, text with "" for missing."""
+    """The bundle's columns [N]: float64 with NaN for missing, text with "" for missing."""
     import polars
 
-    from delest.data.tables import read_frame
+    from delest.data.tables import read_frame, separator, with_point
 
     try:
         # As text: this file alone must not decide that a column of codes such as "007" holds numbers.
@@ -239,8 +248,11 @@ def _read_table(file: Path, schema: Schema, faults: list[str]) -> dict[str, NDAr
         faults.append(
             f"{file}: columns missing: {', '.join(map(repr, missing))}; it has {', '.join(map(repr, frame.columns))}."
         )
+    if not len(frame):
+        faults.append(_no_rows(file))
+    read_numbers = with_point if file.suffix != ".parquet" and separator(file) == ";" else _with_floats
     return {
-        input_name(column): _numbers(frame[column.name], file, faults)
+        input_name(column): _numbers(frame[column.name], read_numbers, file, faults)
         if column.kind == "number"
         else _texts(frame[column.name], column)
         for column in schema.inputs
@@ -248,10 +260,14 @@ def _read_table(file: Path, schema: Schema, faults: list[str]) -> dict[str, NDAr
     }
 
 
-def _numbers(series: polars.Series, file: Path, faults: list[str]) -> NDArray:
+def _with_floats(series: polars.Series) -> polars.Series:
     import polars
 
-    values = series.cast(polars.Float64, strict=False)
+    return series.cast(polars.Float64, strict=False)
+
+
+def _numbers(series: polars.Series, read: Callable[[polars.Series], polars.Series], file: Path, faults: list[str]) -> NDArray:
+    values = read(series)
     wrong = series.is_not_null() & (values.is_null() | values.is_infinite())
     if wrong.any():
         row = int(wrong.arg_max() or 0)
@@ -259,7 +275,7 @@ def _numbers(series: polars.Series, file: Path, faults: list[str]) -> NDArray:
             f"{file}: column {series.name!r} holds numbers in training, and {int(wrong.sum()):,} values here are none: "
             f"row {row} has {series[row]!r}. Correct them, or leave them empty where unknown."
         )
-    return values.to_numpy().astype(np.float32)
+    return values.to_numpy()
 
 
 def _texts(series: polars.Series, column: Column) -> NDArray:

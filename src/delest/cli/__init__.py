@@ -6,7 +6,9 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     as_json = "--json" in given[: given.index("--") if "--" in given else None]
     stdout = sys.stdout
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)  # outside training, which watches for itself
     try:
         # A user's own code may print: with --json standard output is one object, so that goes to standard error.
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext(), _plain_warnings():
@@ -53,6 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _abandon(stdout)
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(BaseException):
+    """SIGTERM, so that what was begun is cleared away; like KeyboardInterrupt no ordinary handler catches it."""
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise _Terminated
 
 
 def _run(given: list[str], as_json: bool) -> tuple[int, str]:
@@ -68,6 +84,8 @@ def _run(given: list[str], as_json: bool) -> tuple[int, str]:
         return 0, ""
     except errors.DelestError as error:
         kind, words, status = type(error).__name__, str(error), error.exit_status
+    except _Terminated:
+        kind, words, status = "Interrupted", "terminated; what was finished before is kept", 128 + signal.SIGTERM
     except (KeyboardInterrupt, typer.Abort):
         kind, words, status = "Interrupted", "interrupted", _INTERRUPTED
     except _CommandLineError as error:

@@ -75,6 +75,7 @@ JOB: Group = {
     "data": option(str, "--data", "folder of images, CSV, Parquet, .npz or .npy to use instead of the job's", "PATH"),
     "target": option(str, "--target", "column that is to be predicted", "COLUMN"),
     "split.by": option(str, "--split-by", "column that holds roles, groups or times", "COLUMN"),
+    "split.kind": option(str, "--split-kind", f"what that column holds: {', '.join(jobs.SPLIT_KINDS)}"),
     "rows": option(int, "--rows", "use only so many rows, a stratified sample"),
     "image_size": option(int, "--image-size", "side in pixels"),
     "skip_bad": option(bool, "--skip-bad", "leave unreadable rows out, or stop at them"),
@@ -97,7 +98,9 @@ TRAINING: Group = {
     "threads": option(int, "--threads", "of the processor"),
     "checkpoint_seconds": option(str, "--checkpoint-every", "time between checkpoints, as 60s or 5min", "TIME"),
 }
-MAX_DROP: Group = {"max_drop": option(str, "--max-drop", "largest loss of the metric, as 0.5% or in the metric's unit", "LOSS")}
+MAX_DROP: Group = {
+    "max_drop": option(str, "--max-drop", "largest loss: of accuracy in points, as 0.5%; of an error as a share of it", "LOSS")
+}
 THREADS: Group = {"threads": TRAINING["threads"]}
 JSON = option(bool, "--json", "print one JSON object on standard output, all else on standard error", undo=False)
 JobArgument = Annotated[

@@ -34,13 +34,15 @@ _HELD_BYTES = 64 << 20  # a larger member of an .npz is unpacked to disk instead
 def open_arrays(data: Any, wishes: Wishes) -> Source:
     """A source from `(inputs, targets)`, a mapping of arrays, or one array (no target)."""
     faults: list[str] = []
+    positional = False
     if isinstance(data, Mapping):
         target, named = wishes.target, dict(data)
     else:
         inputs, targets = data if isinstance(data, (tuple, list)) else (data, None)
         target = wishes.target or "target"
         named = dict(inputs) if isinstance(inputs, Mapping) else {"x": inputs}
-        if isinstance(inputs, tuple):
+        positional = isinstance(inputs, tuple)
+        if positional:
             named = {f"x{place}": array for place, array in enumerate(inputs)}
         if targets is not None:
             named[target] = targets
@@ -55,8 +57,10 @@ def open_arrays(data: Any, wishes: Wishes) -> Source:
     fingerprint = fingerprints.of_arrays(arrays, str(target), str(wishes.split_by))
     stores: dict[str, Store] = {name: Memory(array) for name, array in arrays.items()}
     if not isinstance(data, Mapping) and target is None:
-        return _assemble(stores, None, wishes, fingerprint, "memory", None)
-    return _from_named(stores, replace(wishes, target=target), fingerprint, "memory", all_inputs=True)
+        source = _assemble(stores, None, wishes, fingerprint, "memory", None)
+    else:
+        source = _from_named(stores, replace(wishes, target=target), fingerprint, "memory", all_inputs=True)
+    return replace(source, positional=positional)
 
 
 def open_npz(path: Path, wishes: Wishes) -> Source:
@@ -155,7 +159,7 @@ def _from_named(
     *,
     all_inputs: bool = False,
     inputs: str | None = None,
-) -> Source:
+) -> StoredSource:
     """A source from stores by name: roles in the names, then which is the target and which are inputs."""
     left_out: list[str] = []
     stores, roles = _join_roles(stores, where, left_out)
@@ -233,7 +237,7 @@ def _assemble(
     roles: NDArray | None,
     left_out: tuple[str, ...] = (),
     by: Mapping[str, Store] | None = None,
-) -> Source:
+) -> StoredSource:
     every = {**inputs, **({} if labels is None else dict([labels])), **(by or {})}
     lengths = {name: len(store) for name, store in every.items()}
     faults = [_unequal(lengths, where)] if len(set(lengths.values())) > 1 else []
@@ -288,7 +292,7 @@ def _input_column(name: str, store: Store, *, alone: bool, faults: list[str], wh
             f"{where}: {name!r} has type {store.dtype}; inputs must be numbers. Text and dates belong in a table (CSV, Parquet)."
         )
     elif kind == "f":
-        faults += _not_finite(name, store, where)
+        faults += not_finite(name, store, where)
     dtype = "uint8" if store.dtype == np.uint8 else "int64" if kind in "iu" else "float32"
     one_value = not store.shape
     if kind in "iufb" and (one_value or store.dtype != dtype):
@@ -305,7 +309,8 @@ def _image_layout(store: Store) -> str | None:
     return "first" if store.shape[0] in (1, 3, 4) else None
 
 
-def _not_finite(name: str, store: Store, where: str) -> list[str]:
+def not_finite(name: str, store: Store, where: str) -> list[str]:
+    """The fault of a store with NaN or infinite values; none where all are finite."""
     count, first = 0, ""
     for start, rows in blocks(store):
         bad = ~np.isfinite(rows)

@@ -100,7 +100,7 @@ class Feed:
 def raw_rows(source: Source, index: NDArray[int64]) -> dict[str, NDArray]:
     """The mapping that an exported bundle takes for the rows `index` [B].
 
-    Images: `image` uint8 [B, H, W, C]. Arrays by column name as stored. Number columns: float32 [B], NaN where missing.
+    Images: `image` uint8 [B, H, W, C]. Arrays by column name as stored. Number columns: float64 [B], NaN where missing.
     Category columns: text [B], "" where missing.
     """
     return _raw_inputs(source.schema, source.read(index))
@@ -113,7 +113,7 @@ def _raw_inputs(schema: Schema, rows: Mapping[str, NDArray]) -> dict[str, NDArra
         if column.kind == "image":
             raw["image"] = values
         elif column.kind == "number":
-            raw[column.name] = values.astype(np.float32)
+            raw[column.name] = values.astype(np.float64, copy=False)
         elif column.kind == "category":
             raw[column.name] = np.array(["", *(column.categories or ())], object)[values]
         else:

@@ -26,14 +26,15 @@ class Preprocessing:
 
     `mean` and `std` are keyed by column name, in raw units (pixels 0 to 255): a value a channel (images, arrays with two
     or more dimensions a row: their first), a value a feature (arrays with one), one value (number columns). Category
-    columns and arrays of whole numbers (ids) are in neither: they reach the model as they are. A value becomes
-    (value - mean) / std; a missing number becomes 0 after that, and each column of `indicators` adds a 0/1 column after
+    columns and arrays of ids are in neither: they reach the model as they are. A value becomes
+    (value - mean) / std, of number columns and whole numbers in float64; a missing number becomes 0 after that, and each column of `indicators` adds a 0/1 column after
     all numbers.
     """
 
     schema: Schema
     mean: dict[str, tuple[float, ...]] = field(default_factory=dict)
     std: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    positional: bool = False  # several arrays came as a tuple and reach the model as one
     image_size: int | None = None  # side that images are resized and cropped to; None: used as stored
     target_mean: float = 0.0  # of a number target
     target_std: float = 1.0
@@ -45,11 +46,8 @@ class Preprocessing:
 
     @cached_property
     def _scaling(self) -> dict[str, tuple[NDArray, NDArray]]:
-        """float32 (mean, 1 / std) by column."""
-        return {
-            name: (np.array(self.mean[name], np.float32), (1 / np.array(self.std[name], np.float64)).astype(np.float32))
-            for name in self.mean
-        }
+        """float64 (mean, 1 / std) by column."""
+        return {name: (np.array(self.mean[name]), 1 / np.array(self.std[name])) for name in self.mean}
 
     def inputs(self, rows: Mapping[str, NDArray]) -> Inputs:
         """What the model receives for rows of `Source.read`, as `Schema` says: C-contiguous float32 and int64."""
@@ -59,7 +57,9 @@ class Preprocessing:
         if schema.is_table:
             return self._table(rows)
         arrays = {column.name: self._array(rows[column.name], column) for column in schema.inputs}
-        return next(iter(arrays.values())) if len(arrays) == 1 else arrays
+        if len(arrays) == 1:
+            return next(iter(arrays.values()))
+        return tuple(arrays.values()) if self.positional else arrays
 
     def targets(self, rows: Mapping[str, NDArray]) -> NDArray | None:
         """int64 class codes [B] or standardised float32 numbers [B]; None where there is no target."""
@@ -80,7 +80,7 @@ class Preprocessing:
         return flat.astype(np.float64) * self.target_std + self.target_mean
 
     def _pixels(self, pixels: NDArray, name: str) -> NDArray:
-        mean, scale = self._scaling[name]
+        mean, scale = (values.astype(np.float32) for values in self._scaling[name])
         batch, height, width, channels = pixels.shape
         out = np.empty((batch, channels, height, width), np.float32)
         for c in range(channels):  # one pass each, multiply and add in place: no temporary copy of the batch
@@ -91,23 +91,24 @@ class Preprocessing:
     def _array(self, values: NDArray, column: Column) -> NDArray:
         if column.name not in self._scaling:
             return np.ascontiguousarray(values, np.int64)
-        mean, scale = self._scaling[column.name]
+        exact = np.float64 if column.dtype == "int64" else np.float32
         trailing = (1,) * (values.ndim - 2)
-        out = values.astype(np.float32, order="C")
-        out -= mean.reshape(-1, *trailing)
-        out *= scale.reshape(-1, *trailing)
-        return out
+        mean, scale = (values.astype(exact).reshape(-1, *trailing) for values in self._scaling[column.name])
+        out: Any = values.astype(exact, order="C")
+        out -= mean
+        out *= scale
+        return out.astype(np.float32, copy=False)
 
     def _table(self, rows: Mapping[str, NDArray]) -> Inputs:
         schema = self.schema
         numbers, categories = schema.numbers, schema.categories
         received: dict[str, NDArray] = {}
         if numbers:
-            # Rounded to float32 before standardising: exported graphs take float32, so training sees the same.
+            # In float64, as exported graphs do: float32 would round times of a clock to minutes.
             received["numbers"] = out = np.empty((len(rows[numbers[0].name]), schema.number_width), np.float32)
             for place, column in enumerate(numbers):
                 mean, scale = self._scaling[column.name]
-                out[:, place] = (rows[column.name].astype(np.float32) - mean) * scale
+                out[:, place] = (rows[column.name] - mean) * scale
             for place, name in enumerate(self.indicators, len(numbers)):
                 out[:, place] = np.isnan(rows[name])
             np.nan_to_num(out, copy=False, nan=0.0)
@@ -117,17 +118,18 @@ class Preprocessing:
         return received
 
 
-def fit_preprocessing(source: Source, index: NDArray[int64]) -> Preprocessing:
+def fit_preprocessing(source: Source, index: NDArray[int64], *, ids: bool = True) -> Preprocessing:
     """Fit on the rows `index` (the training rows) in one exact pass: histograms for images, else float64 moments.
 
-    A constant feature gets a deviation of 1. Source of the merging: Chan, Golub, LeVeque, "Updating Formulae and a
+    Arrays of whole numbers are ids, which a model looks up, or with `ids` False numbers like others, as a model that looks
+    nothing up needs them. A constant feature gets a deviation of 1. Source of the merging: Chan, Golub, LeVeque, "Updating Formulae and a
     Pairwise Algorithm for Computing Sample Variances", 1979.
     """
     schema = source.schema
     moments: dict[str, _Moments] = {}
     for rows in _blocks(source, index):
         for column in schema.inputs:
-            if column.kind == "image" or _is_standardised(column):
+            if column.kind == "image" or _is_standardised(column, ids):
                 moments.setdefault(column.name, _Moments()).add(_features(rows[column.name], column))
         if schema.target is not None and schema.target.kind == "number":
             moments.setdefault("\0target", _Moments()).add(rows[schema.target.name].reshape(-1, 1))
@@ -137,14 +139,15 @@ def fit_preprocessing(source: Source, index: NDArray[int64]) -> Preprocessing:
         schema=schema,
         mean={name: tuple(mean.tolist()) for name, (mean, _) in fitted.items()},
         std={name: tuple(std.tolist()) for name, (_, std) in fitted.items()},
+        positional=getattr(source, "positional", False),
         image_size=getattr(source, "image_size", None),
         target_mean=float(target.result()[0][0]) if target else 0.0,
         target_std=float(target.result()[1][0]) if target else 1.0,
     )
 
 
-def _is_standardised(column: Column) -> bool:
-    return column.kind == "number" or (column.kind == "array" and column.dtype != "int64")
+def _is_standardised(column: Column, ids: bool) -> bool:
+    return column.kind == "number" or (column.kind == "array" and not (ids and column.dtype == "int64"))
 
 
 def _blocks(source: Source, index: NDArray[int64]) -> Iterator[dict[str, NDArray]]:
@@ -170,12 +173,15 @@ class _Moments:
         self.count: Any = 0
         self.mean: Any = 0.0
         self.squares: Any = 0.0
+        self.resolution = 1e-13  # of the values, of which a deviation below it is rounding
 
     def add(self, values: NDArray) -> None:
         """Merge a block [n, features]; bytes through their histogram, which is exact."""
         if values.dtype == np.uint8:
             count, mean, squares = _byte_moments(values)
         else:
+            if values.dtype == np.float32:
+                self.resolution = 1e-7
             values = values.astype(np.float64)
             known = ~np.isnan(values)
             count = known.sum(0)
@@ -191,8 +197,8 @@ class _Moments:
         """Mean and standard deviation by feature."""
         mean = np.asarray(self.mean, np.float64)
         std = np.sqrt(self.squares / np.maximum(self.count, 1))
-        # Below float32's resolution of the mean a deviation is rounding: dividing by it would blow noise up.
-        return mean, np.where(std <= 1e-7 * np.abs(mean), 1.0, std)
+        # Dividing by a deviation that is rounding would blow noise up.
+        return mean, np.where(std <= self.resolution * np.abs(mean), 1.0, std)
 
 
 def _byte_moments(values: NDArray) -> tuple[Any, Any, Any]:

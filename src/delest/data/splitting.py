@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from delest import errors
 from delest.data.targets import ROLE_NAMES
+from delest.data.times import look_like_dates, read_times
 from delest.job import Split
 from delest.records.source import ROLES, Source
 
@@ -16,10 +18,17 @@ if TYPE_CHECKING:
     from numpy import int64
     from numpy.typing import NDArray
 
-_TIME_WORDS = ("time", "date", "year")
+_TIME_WORDS = {"time", "date", "datetime", "timestamp", "year"}
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
-def split(source: Source, spec: Split, seed: int) -> dict[str, NDArray[int64]]:
+class Division(dict[str, "NDArray[int64]"]):
+    """Sorted row numbers by role, and in `how` what `Split.by` was taken for ("" where there is none)."""
+
+    how: str = ""
+
+
+def split(source: Source, spec: Split, seed: int) -> Division:
     """Sorted row numbers of train, validation, selection and test.
 
     Roles that the data bring are left as they are; those they lack are taken out of train, in the proportion of their
@@ -40,10 +49,20 @@ def split(source: Source, spec: Split, seed: int) -> dict[str, NDArray[int64]]:
         assigned = assigned[np.argsort(np.argsort(by[pool], kind="stable"))]
     else:
         assigned = _stratified(_strata(source)[pool], shares, seed)
-    divided = {role: np.empty(0, np.int64) for role in ROLES}
+    divided = Division({role: np.empty(0, np.int64) for role in ROLES})
     divided |= {role: np.flatnonzero(roles == role) for role in given}
     divided |= {role: np.sort(pool[assigned == place]) for place, role in enumerate(shares)}
-    _refuse_empty(divided, shares, len(pool), len(np.unique(by[pool])) if kind == "group" else None)
+    groups = len(np.unique(by[pool])) if kind == "group" else None
+    _refuse_empty(divided, shares, len(pool), groups)
+    if kind is not None:
+        divided.how = (
+            f"split by {kind} of {spec.by!r}: "
+            + {
+                "role": "each row has the role that is written there",
+                "group": f"rows of each of its {groups} values stay together",
+                "time": "test is the latest",
+            }[kind]
+        )
     return divided
 
 
@@ -85,9 +104,13 @@ def _given_roles(source: Source, spec: Split) -> tuple[NDArray | None, str | Non
     if spec.by is None:
         return source.roles(), None, np.empty(0)
     values = source.values(spec.by)
+    if values.dtype.kind == "O":
+        values = values.astype(str)
     kind = spec.kind or _guessed_kind(spec.by, values)
     if kind == "role":
-        return _named_roles(spec.by, values), None, values
+        return _named_roles(spec.by, values), kind, values
+    if kind == "time" and values.dtype.kind in "US":
+        values = read_times(spec.by, values.astype(str))
     missing = int(np.count_nonzero(values != values)) if values.dtype.kind in "fmM" else 0
     if missing:
         raise errors.BadInput(f"split by {spec.by!r}: {missing:,} rows have no value there. Fill them in or remove those rows.")
@@ -97,7 +120,10 @@ def _given_roles(source: Source, spec: Split) -> tuple[NDArray | None, str | Non
 def _guessed_kind(name: str, values: NDArray) -> str:
     if values.dtype.kind in "US" and {str(value).lower() for value in np.unique(values)} <= set(ROLE_NAMES):
         return "role"
-    if values.dtype.kind == "M" or (values.dtype.kind in "iuf" and any(word in name.lower() for word in _TIME_WORDS)):
+    words = {word.lower() for word in _WORD.findall(name)}
+    if values.dtype.kind == "M" or (values.dtype.kind in "iuf" and words & _TIME_WORDS):
+        return "time"
+    if values.dtype.kind in "US" and look_like_dates(values.astype(str)):
         return "time"
     return "group"
 

@@ -83,6 +83,9 @@ def _row_bytes(schema: Schema) -> int:
 def _notes(
     source: Source, splits: Mapping[str, NDArray[int64]], columns: tuple[dict[str, Any], ...], classes: dict[str, int] | None
 ) -> Iterator[str]:
+    how = getattr(splits, "how", "")
+    if how:
+        yield how
     if classes:
         most, least = max(classes, key=classes.__getitem__), min(classes, key=classes.__getitem__)
         if classes[most] > 10 * classes[least]:

@@ -136,6 +136,7 @@ class StoredSource:
     description: str  # in words: "10,000 images of 28x28x1 in digits.npz"
     left_out: tuple[str, ...] = ()
     image_size: int | None = None  # side that images were fitted to; None: as stored
+    positional: bool = False  # inputs came as a tuple, without names
     given_roles: NDArray | None = None
     extra: Mapping[str, NDArray] = field(default_factory=dict)
 
@@ -169,6 +170,7 @@ class Subset:
         self.left_out = tuple(getattr(source, "left_out", ()))
         self.fingerprint = fingerprints.of_text(source.fingerprint, index.tobytes())
         self.image_size: int | None = getattr(source, "image_size", None)
+        self.positional: bool = getattr(source, "positional", False)
         self.decodes: bool = getattr(source, "decodes", False)
         self.description = f"{len(index):,} of {getattr(source, 'description', f'{len(source):,} rows')}"
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz")
 _NULLS = ["", "NA", "N/A", "NaN", "nan", "null", "NULL", "?"]
+_LEADING_ZERO = r"^0\d"
+_DAY_OR_MONTH = r"^\d{1,2}\D"
+_DECIMAL_COMMA = r"^\s*[+-]?(\d+,?\d*|,\d+)([eE][+-]?\d+)?\s*$"
 _LOOKED_AT_ROWS = 10_000  # to tell the types of a CSV file's columns
 # Words that merely end like an id.
 _ENDING_SO = ("paid", "bid", "valid", "covid", "grid", "mid", "humid", "solid", "liquid", "fluid", "acid", "void", "aid")
@@ -35,7 +38,7 @@ def open_table(paths: Sequence[Path], wishes: Wishes, where: str) -> Source:
     frames, faults = [], []
     for path in paths:
         try:
-            frames.append(read_frame(path))
+            frames.append(read_frame(path, by=wishes.split_by))
         except (pl.exceptions.PolarsError, OSError, UnicodeDecodeError) as error:
             faults.append(f"{path} cannot be read as a table: {str(error).splitlines()[0]}")
     refuse(faults)
@@ -69,26 +72,64 @@ def open_frame(data: Any, wishes: Wishes, where: str) -> Source:
     return _assemble(frame, wishes, fingerprint, where, None)
 
 
-def read_frame(path: Path, *, as_text: bool = False) -> pl.DataFrame:
-    """A CSV or Parquet file as it is; `as_text` leaves each column of a CSV file text, whatever its values look like."""
+def read_frame(path: Path, *, as_text: bool = False, by: str | None = None) -> pl.DataFrame:
+    """A CSV or Parquet file as it is; `as_text` leaves each column of a CSV file text, whatever its values look like.
+
+    Else codes such as 007 stay text, and so do the dates of `by` where day or month come first. Where semicolons separate
+    columns, 1,5 is a number.
+    """
     if path.name.lower().endswith(".parquet"):
         return pl.read_parquet(path)
     read = partial(
         pl.read_csv,
         path,
-        separator=_separator(path),
+        separator=separator(path),
         null_values=_NULLS,
         infer_schema=not as_text,
         try_parse_dates=True,
         encoding="utf8-lossy",
     )
     try:
-        return read(infer_schema_length=_LOOKED_AT_ROWS)
+        frame = read(infer_schema_length=_LOOKED_AT_ROWS)
     except pl.exceptions.ComputeError:  # a column changes its type further down: the whole file tells, ten times slower
-        return read(infer_schema_length=None)
+        frame = read(infer_schema_length=None)
+    if as_text:
+        return frame
+    frame = frame.with_columns(_as_written(path, frame, by))
+    if separator(path) != ";":
+        return frame
+    return frame.with_columns(with_point(series) for series in frame if _has_decimal_commas(series))
 
 
-def _separator(path: Path) -> str:
+def _as_written(path: Path, frame: pl.DataFrame, by: str | None) -> list[pl.Series]:
+    """Columns as text that the types which polars finds would change: codes with leading zeros, and dates whose day may be
+    their month."""
+    asked = [
+        pl.col(series.name).str.contains(_LEADING_ZERO if series.dtype.is_integer() else _DAY_OR_MONTH).any()
+        for series in frame
+        if series.dtype.is_integer() or (series.name == by and series.dtype.is_temporal())
+    ]
+    if not asked:
+        return []
+    file = pl.scan_csv(path, separator=separator(path), null_values=_NULLS, infer_schema=False, encoding="utf8-lossy")
+    found = file.select(asked).collect()
+    names = [name for name in found.columns if found[name][0]]
+    return file.select(names).collect().get_columns() if names else []
+
+
+def _has_decimal_commas(series: pl.Series) -> bool:
+    if series.dtype != pl.String or not series.str.contains(",", literal=True).any():
+        return False
+    return bool(series.drop_nulls().str.contains(_DECIMAL_COMMA).all())
+
+
+def with_point(series: pl.Series) -> pl.Series:
+    """Texts as float64 with a comma read as the decimal point; null for what is no number."""
+    return series.str.strip_chars().str.replace(",", ".", literal=True).cast(pl.Float64, strict=False)
+
+
+def separator(path: Path) -> str:
+    """What separates the columns of a CSV file, by its header."""
     if path.suffix == ".gz":
         return ","
     with open(path, encoding="utf-8", errors="replace") as file:

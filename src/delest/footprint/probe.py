@@ -54,7 +54,7 @@ def examine(
         seed=job.seed,
     )
     whole = next(Feed(source, np.array(index), prepared, batch_size=len(index)).ordered())
-    faults = check(job, source.schema, _first(whole, 2))
+    faults = check(job, source.schema, _first(whole, 2), _first(whole, 32))
     if faults or checked_only:
         return {"faults": faults}
     result: dict[str, Any] = {"faults": [], "device": device, "samples": []}

@@ -15,6 +15,7 @@ from delest.units import format_bytes, format_seconds
 
 MARGIN = 0.10  # of what training adds: a step's resident set varies by 6 % between processes (docs/log.md)
 MARGIN_BYTES = 24 << 20
+SLACK_BYTES = 8 << 20  # a process that asks again starts a few MiB higher or lower
 LEAST_GAIN = 0.05  # a method that gains less than this share of the step's time is not worth a change
 
 
@@ -87,7 +88,7 @@ def choose(
 
     plain, least = predict(batch), min(batch, 2 if probe["batch_statistics"] else 1)
     if predict(least).high_bytes > budget_bytes:
-        smallest = predict(least).high_bytes
+        smallest = predict(least).high_bytes + SLACK_BYTES
         raise errors.NothingFits(
             f"nothing fits {format_bytes(budget_bytes)}: with {least} row{'s' * (least > 1)} at a time training still needs up to "
             f"{format_bytes(smallest)}, of which the libraries alone take {format_bytes(idle_bytes)}. "

@@ -52,7 +52,7 @@ class Schema:
     - number columns only: one float32 tensor [B, D];
     - number and category columns: keywords `numbers` float32 [B, D] and `categories` int64 [B, K]
       (`numbers` is left out where there is none);
-    - several array columns: keywords by column name.
+    - several array columns: keywords by column name, or positional arguments where the data came as a tuple.
 
     D is the number of number columns plus one 0/1 column for each number column with missing values.
     """

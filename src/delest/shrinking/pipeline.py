@@ -39,7 +39,7 @@ _CALIBRATION_ROWS = 512
 _CALIBRATION_BATCH = 64
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Work:
     """What all stages need."""
 
@@ -54,6 +54,10 @@ class _Work:
     reduce_range: bool
     say: Callable[[str], None]
     seconds: dict[str, float] = field(default_factory=dict)
+    allowed: float = 0.0  # `max_drop` in the metric's unit: of an error it is a share
+
+    def __post_init__(self) -> None:
+        self.allowed = self.max_drop
 
     @property
     def judging(self) -> Feed:
@@ -101,7 +105,7 @@ def shrink_run(
     """Write `bundle/` (fp32, with `weights`) and `shrunk/` (what ships, with `architecture.json` and `shrink.json`) in a run folder.
 
     `feeds` by role: train calibrates int8, selection decides, test is read once for what ships. int8 ships where the
-    one-sided 95 % bound on its drop of `metric` is at most `max_drop` (in the metric's unit) and it is smaller or faster as measured
+    one-sided 95 % bound on its drop of `metric` is at most `max_drop` (in the metric's unit; a share of the score for errors) and it is smaller or faster as measured
     here. Both folders appear when everything is done; a crash leaves those that were there. The session is left as it was.
     `threads` are ONNX Runtime's; the session computes with as many as it was set to.
 
@@ -109,7 +113,8 @@ def shrink_run(
     exported, `DiskFull`.
     """
     temporary = folder / f".shrink.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in folder.glob(".shrink.*.tmp"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     work = _Work(
         folder=temporary,
@@ -215,8 +220,10 @@ def _measure(work: _Work, models: Mapping[str, Model], fault: str, batch_sizes: 
             why="answers like the trained model, without PyTorch",
             **latencies(name),
         )
+    if not work.metric.higher_is_better:
+        work.allowed = work.max_drop * abs(trained.score)
     if "int8" in candidates:
-        kept, why = judge(candidates["int8"], candidates["fp32"], work.max_drop)
+        kept, why = judge(candidates["int8"], candidates["fp32"], work.allowed)
         candidates["int8"] = replace(candidates["int8"], kept=kept, why=why)
     else:
         candidates["int8"] = _missing("int8", fault)
@@ -236,7 +243,7 @@ def _ship(work: _Work, candidates: Mapping[str, Candidate], layers: list[str], p
         path=place,
         shipped=shipped,
         metric=work.metric.name,
-        max_drop=work.max_drop,
+        max_drop=work.allowed,
         candidates=tuple(candidates.values()),
         test=_finite(metrics),
         seconds=work.seconds,

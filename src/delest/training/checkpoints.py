@@ -73,6 +73,9 @@ def newest(folder: Path, note: Callable[[str], None] = lambda text: None) -> tup
         fault = damage(path)
         if fault:
             note(f"checkpoint {path.name} is damaged ({fault}); going on from the one before it.")
+            damaged = path.with_name(f".{path.name}.damaged")  # set aside, so that it does not count as one of those kept
+            shutil.rmtree(damaged, ignore_errors=True)
+            path.rename(damaged)
             continue
         from safetensors.numpy import load_file
 

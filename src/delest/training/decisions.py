@@ -15,10 +15,12 @@ class Decisions:
     step, so that it ends like the run that was not interrupted.
     """
 
-    def __init__(self, path: Path, taken: int = 0):
+    def __init__(self, path: Path | None, taken: int = 0):
+        """`path` None: for a preview, whose decisions are taken and forgotten."""
         self.path = path
-        self._lines = len(storage.read_lines(path))
-        self._script = _standing(storage.read_lines(path)[taken:], taken)
+        lines = [] if path is None else storage.read_lines(path)
+        self._lines = len(lines)
+        self._script = _standing(lines[taken:], taken)
         self.count = taken
 
     def scripted(self, kind: str, step: int) -> dict[str, Any] | None:
@@ -38,7 +40,8 @@ class Decisions:
             number, _ = self._script.pop(0)
             self.count = number + 1
             return
-        storage.append_line(self.path, {"kind": kind, "at": step, **facts}, sync=True)
+        if self.path is not None:
+            storage.append_line(self.path, {"kind": kind, "at": step, **facts}, sync=True)
         self._lines += 1
         self.count = self._lines
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,8 @@ class Evaluation:
 
     def metrics(self, metric: Metric) -> dict[str, float]:
         """By name, as `run.json` has them."""
-        return {"loss": self.loss} if metric.name == "loss" else {metric.name: self.score, "loss": self.loss}
+        found = {"loss": self.score} if metric.name == "loss" else {metric.name: self.score}
+        return found if math.isnan(self.loss) else {**found, "loss": self.loss}
 
 
 def evaluate(predictor: Any, feed: Any, metric: Metric, *, stop: Callable[[], None] = lambda: None) -> Evaluation:

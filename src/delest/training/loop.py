@@ -60,7 +60,7 @@ class Trainer:
     saving: bool = True  # False for a preview: no checkpoint, no files
 
     def __post_init__(self) -> None:
-        self.decisions = Decisions(self.folder / "decisions.jsonl")
+        self.decisions = Decisions(self.folder / "decisions.jsonl" if self.saving else None)
         self.signals = Signals()
         self._pending: list[Any] = []
         self._seen = 0.0
@@ -73,6 +73,8 @@ class Trainer:
     def resume(self) -> bool:
         """Take up the newest intact checkpoint; False where there is none."""
         if not self._take_up_newest():
+            self.progress.note("there is no intact checkpoint: training begins anew.")
+            storage.write_atomic(self.folder / "metrics.jsonl", "")
             return False
         self.decisions = Decisions(self.folder / "decisions.jsonl", self.position.decisions)
         return True

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delest import job as jobs, runs
+from delest import errors, job as jobs, runs
 from delest.records.plan import Plan
 from delest.records.run import Run
 from delest.verbs.ship import report, shrink_trained
-from delest.verbs.training import Settings, restore, train_with
+from delest.verbs.training import Settings, train_with
 
 if TYPE_CHECKING:
     from delest.training.progress import Progress
@@ -27,13 +28,14 @@ def run(
     init_from: str | Path | None = None,
     device: str | None = None,
     threads: int | None = None,
-    checkpoint_seconds: float = 60.0,
-    max_drop: float = 0.005,
+    checkpoint_seconds: float | None = None,
+    max_drop: float | None = None,
     say: Progress | None = None,
 ) -> Run:
     """Inspect, plan, train, shrink and report; the run's folder then has `report.html`, `bundle/` and `shrunk/`.
 
-    Arguments are those of `train` and `shrink`. A job with its own `step` and no `predict` has nothing to export: it is
+    Arguments are those of `train` and `shrink` (`max_drop` None: 0.005). Where the model cannot be exported the report is
+    written all the same, before the error is raised. A job with its own `step` and no `predict` has nothing to export: it is
     trained and reported only.
     """
     from delest.training.progress import for_terminal
@@ -50,14 +52,19 @@ def run(
         device=device,
         threads=threads,
         checkpoint_seconds=checkpoint_seconds,
+        max_drop=max_drop,
     )
     loaded = None if job is None else jobs.load(job)
-    if resume and runs.read(folder := runs.unfinished(out, loaded)).status == "done":
-        trained = restore(folder, say)
-    else:
-        trained = train_with(loaded, settings, say, "run")
+    if resume:
+        settings = replace(settings, out=runs.unfinished(out, loaded, whole=True))
+    trained = train_with(loaded, settings, say, "run")
     if trained.place.job.step is None or trained.place.job.predict is not None:
-        shrink_trained(trained, max_drop=max_drop, threads=threads, say=say)
+        promised = runs.settings_of(trained.run.path).get("max_drop") if max_drop is None else max_drop
+        try:
+            shrink_trained(trained, max_drop=0.005 if promised is None else promised, threads=threads, say=say)
+        except errors.DelestError:
+            report(trained.run.path)
+            raise
     page = report(trained.run.path)
     say.stage(f"report: {page}")
     return runs.read(trained.run.path)

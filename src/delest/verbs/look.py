@@ -57,6 +57,7 @@ def plan_workplace(
     from delest.planning import search
 
     check_batch(place)
+    _check_device(device)
     started = time.monotonic()
     say.stage("plan: trying the job on two rows and probing a few steps in a process of its own")
     here = machine.describe()
@@ -78,6 +79,20 @@ def plan_workplace(
     )
     place.seconds["planning"] = time.monotonic() - started
     return chosen
+
+
+def _check_device(device: str | None) -> None:
+    """Raise `BadInput` for a device that is unknown or that this build of torch cannot use, with the remedy."""
+    if device in (None, "auto", "cpu"):
+        return
+    if device != "cuda":
+        raise errors.BadInput(f"unknown device {device!r}: use cpu or cuda.")
+    from delest.hardware.accelerators import find_accelerators
+
+    found = find_accelerators()
+    if not any(gpu.usable for gpu in found):
+        why = "; ".join(f"{gpu.name}: {gpu.remedy}" for gpu in found) or "no GPU was found on this machine"
+        raise errors.BadInput(f"--device cuda cannot be used: {why}. `delest doctor` says more.")
 
 
 def _examine(place: Workplace, *, threads: int, device: str) -> Any:

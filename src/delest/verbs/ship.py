@@ -23,14 +23,18 @@ def shrink(
 ) -> Shrunk:
     """Export a run's best model and quantise it, keeping int8 only where it pays inside `max_drop`.
 
-    `max_drop` is the largest loss of the metric, in its own unit, that the one-sided 95 % confidence bound on the
-    selection split may allow. Raises `BadInput` where `run` is not a finished run, `CheckFailed` where the exported
+    `max_drop` is the largest loss of the metric that the one-sided 95 % confidence bound on the selection split may allow: in
+    its own unit (0.005 is half a point of accuracy), or as a share of the score for errors such as rmse. Raises `BadInput` where `run` is not a finished run, `CheckFailed` where the exported
     model does not answer like the trained one.
     """
     from delest.training.progress import for_terminal
 
     say = say or for_terminal()
     folder = runs.find(run)
+    if runs.read(folder).status == "diverged":
+        raise errors.BadInput(
+            f"{folder} diverged, and its settings stay: start a new run with a lower --lr, or with --clip 1.0."
+        )
     if runs.read(folder).status != "done":
         raise errors.BadInput(
             f"{folder} is {runs.read(folder).status}, not done: finish it with `delest train --out {folder} --resume`."

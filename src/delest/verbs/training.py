@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from delest import __version__, errors, job as jobs, runs, storage, units
 from delest.records.footprint import Footprint
-from delest.records.form import read_json
+from delest.records.form import read_json, read_object
 from delest.records.plan import Plan
 from delest.records.run import Best, Run
 from delest.verbs.look import plan_workplace
@@ -36,7 +36,8 @@ class Settings:
     init_from: str | Path | None = None
     device: str | None = None
     threads: int | None = None
-    checkpoint_seconds: float = 60.0
+    checkpoint_seconds: float | None = None  # 60
+    max_drop: float | None = None  # of run's shrinking
 
 
 @dataclass
@@ -61,7 +62,7 @@ def train(
     init_from: str | Path | None = None,
     device: str | None = None,
     threads: int | None = None,
-    checkpoint_seconds: float = 60.0,
+    checkpoint_seconds: float | None = None,
     say: Progress | None = None,
 ) -> Run:
     """Train a job and keep the best weights: checked, planned, checkpointed, resumable.
@@ -93,7 +94,10 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
     loaded = None if job is None else jobs.load(job)
     if settings.resume:
         folder = runs.unfinished(settings.out, loaded)
-        loaded = runs.job_of(folder, loaded)
+        if runs.read(folder).status == "done":
+            say.stage(f"{folder} is finished: there is nothing to resume")
+            return restore(folder, say, loaded)
+        loaded, settings = runs.job_of(folder, loaded), _as_begun(folder, settings)
     elif loaded is None:
         raise errors.BadInput("no job was given: name a file, a module:name or a path to data.")
     else:
@@ -102,16 +106,17 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
     place = open_workplace(loaded, say, folder if settings.resume else None)
     plan = _plan(place, settings, folder, say)
     session = backend(place.job).session(place.job, plan, place.source.schema)
-    if settings.init_from is not None and not settings.resume:
-        session.load_weights(read_weights(Path(settings.init_from)))
+    begin_with = None if settings.init_from is None else read_weights(Path(settings.init_from))
+    if begin_with is not None:
+        session.load_weights(begin_with)
     preview = None
     if settings.preview is not None and not settings.resume:
         preview = train_preview(place, plan, units.read_share(settings.preview), say)
         session = backend(place.job).session(place.job, plan, place.source.schema)
-        if settings.init_from is not None:
-            session.load_weights(read_weights(Path(settings.init_from)))
+        if begin_with is not None:
+            session.load_weights(begin_with)
     if not settings.resume:
-        _start_folder(folder, place, plan, session)
+        folder = _start_folder(folder, place, plan, session, settings)
     trainer = build_trainer(place, session, folder, say)
     trainer.limits = limits
     run = _began(folder, place, plan, session, preview)
@@ -123,10 +128,22 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
     return Trained(run, place, session, dict(place.seconds))
 
 
-def restore(folder: Path, say: Progress) -> Trained:
+def _as_begun(folder: Path, settings: Settings) -> Settings:
+    """The settings of a run that goes on: those it began with; its time and checkpoints may be given anew."""
+    fixed = [
+        name for name in ("plan", "memory", "preview", "init_from", "device", "threads") if getattr(settings, name) is not None
+    ]
+    if fixed:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
+        raise errors.BadInput(f"{options}: a run goes on with the settings it began with. Leave it out, or start a new run.")
+    begun = {name: value for name, value in runs.settings_of(folder).items() if getattr(settings, name) is None}
+    return replace(settings, **begun)
+
+
+def restore(folder: Path, say: Progress, given: jobs.Job | None = None) -> Trained:
     """A finished run as it was in memory: data opened, best weights in a session."""
     run = runs.read(folder)
-    job = runs.job_of(folder)
+    job = runs.job_of(folder, given)
     place = open_workplace(job, say, folder)
     check_same_data(folder, place)
     session = backend(job).session(job, read_json(Plan, folder / "plan.json"), place.source.schema)
@@ -149,13 +166,13 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 def check_same_data(folder: Path, place: Workplace) -> None:
     """Raise `BadInput` where the data are not those that the run was started with."""
-    import json
-
-    before = json.loads((folder / "data.json").read_text())
+    before = read_object(folder / "data.json")
     if before["fingerprint"] != place.source.fingerprint:
+        now = place.source.description
+        how = "its content is another now" if before["source"] == now else f"it is {now} now"
         raise errors.BadInput(
-            f"the data have changed since {folder} was started ({before['source']} then, {place.source.description} now): "
-            "bring the old data back, or start a new run."
+            f"the data have changed since {folder} was started with {before['source']}: {how}. "
+            "Bring the old data back, or start a new run."
         )
 
 
@@ -163,7 +180,8 @@ def _limits(settings: Settings) -> Any:
     from delest.training.loop import Limits
 
     seconds = None if settings.time is None else units.read_seconds(settings.time)
-    return Limits(checkpoint_seconds=settings.checkpoint_seconds, seconds=seconds)
+    every = settings.checkpoint_seconds
+    return Limits(seconds=seconds) if every is None else Limits(checkpoint_seconds=every, seconds=seconds)
 
 
 def _plan(place: Workplace, settings: Settings, folder: Path, say: Progress) -> Plan:
@@ -173,6 +191,11 @@ def _plan(place: Workplace, settings: Settings, folder: Path, say: Progress) -> 
     given = settings.plan
     if given is None:
         return plan_workplace(place, memory=settings.memory, device=settings.device, threads=settings.threads, say=say)
+    told = [name for name in ("memory", "device", "threads") if getattr(settings, name) is not None]
+    if told:
+        raise errors.BadInput(
+            f"{', '.join(f'--{name}' for name in told)}: the plan that was given says so already. Leave it out."
+        )
     check_batch(place)
     plan = given if isinstance(given, Plan) else read_json(Plan, Path(given))
     if plan.batch_size != place.job.batch_size:
@@ -182,15 +205,24 @@ def _plan(place: Workplace, settings: Settings, folder: Path, say: Progress) -> 
     return plan
 
 
-def _start_folder(folder: Path, place: Workplace, plan: Plan, session: Any) -> None:
+def _start_folder(folder: Path, place: Workplace, plan: Plan, session: Any, settings: Settings) -> Path:
+    """Claim the folder, or the next one where it is counted up and another run was faster."""
     from delest.training import checkpoints
 
     state = session.state()
     weights = sum(array.nbytes for name, array in state.arrays.items() if name.startswith("model."))
     checkpoints.check_room(folder, sum(array.nbytes for array in state.arrays.values()), weights)
-    runs.claim(folder, place.job, plan)
-    storage.write_json(folder / "data.json", place.describe_data())
-    storage.write_json(folder / "preprocessing.json", preprocessing_json(place))
+    begun = {name: getattr(settings, name) for name in ("time", "checkpoint_seconds", "max_drop", "init_from")}
+    begun["init_from"] = None if settings.init_from is None else str(Path(settings.init_from).resolve())
+    files = {"data.json": place.describe_data(), "preprocessing.json": preprocessing_json(place)}
+    while True:
+        try:
+            runs.claim(folder, place.job, plan, settings=begun, files=files)
+            return folder
+        except errors.FolderTaken:
+            if settings.out is not None:
+                raise
+            folder = runs.place(None, place.job.title)
 
 
 def _began(folder: Path, place: Workplace, plan: Plan, session: Any, preview: dict[str, Any] | None) -> Run:
@@ -212,6 +244,7 @@ def _began(folder: Path, place: Workplace, plan: Plan, session: Any, preview: di
         data=place.summary,
         seconds={**before.seconds, **place.seconds},
         preview=preview or before.preview,
+        measured=before.measured,
         versions={
             "delest": __version__,
             "python": platform.python_version(),
@@ -228,28 +261,35 @@ def _carry_out(trainer: Trainer, run: Run, verb: str, say: Progress) -> Run:
 
     started, before = clock.monotonic(), machine.resident_bytes()
     machine.reset_peak()
+    status: Any = "failed"
     try:
         trainer.train()
+        status = "done"
     except errors.Interrupted as stopped:
-        _finished(run, trainer, "interrupted", None)
-        command = (
-            f"delest {verb} {shlex.quote(str(run.job['origin']))}" if run.job["origin"] else f"delest.{verb}(job, resume=True)"
-        )
-        raise errors.Interrupted(stopped.signal_number, f"{command} --out {shlex.quote(str(run.path))} --resume") from None
+        status = "interrupted"
+        raise errors.Interrupted(stopped.signal_number, _go_on(run, verb)) from None
     except errors.Diverged:
-        _finished(run, trainer, "diverged", None)
+        status = "diverged"
         raise
-    except BaseException:
-        _finished(run, trainer, "failed", None)
-        raise
-    measured = _measured(run, before, machine.peak_resident_bytes(), trainer)
-    run = replace(run, seconds={**run.seconds, "wall": clock.monotonic() - started})
-    return _finished(run, trainer, "done", measured)
+    finally:
+        wall = run.seconds.get("wall", 0.0) + clock.monotonic() - started
+        run = replace(run, seconds={**run.seconds, "wall": wall})
+        run = _finished(run, trainer, status, _measured(run, before, machine.peak_resident_bytes(), trainer))
+    return run
+
+
+def _go_on(run: Run, verb: str) -> str:
+    """What to type to go on with a run."""
+    if run.job["origin"] is None:
+        return f"delest.{verb}(job, out={str(run.path)!r}, resume=True)"
+    return f"delest {verb} {shlex.quote(str(run.job['origin']))} --out {shlex.quote(str(run.path))} --resume"
 
 
 def _measured(run: Run, idle: int, peak: int, trainer: Trainer) -> Footprint:
+    """The highest peak of all parts of the run."""
     assert run.plan is not None
     steps = max(1, trainer.position.step)
+    peak = max(peak, run.measured.peak_bytes if run.measured else 0)
     return Footprint(
         peak_bytes=peak,
         runtime_bytes=idle,

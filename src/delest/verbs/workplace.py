@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +98,9 @@ def open_workplace(job: Job, say: Progress, folder: Path | None = None) -> Workp
         raise errors.BadInput(faults)
     splits = split(source, job.split, job.seed)
     if folder is None:
-        preprocessing = fit_preprocessing(source, splits["train"])
+        job = _with_fitting_batch(job, len(splits["train"]), say)
+    if folder is None:
+        preprocessing = fit_preprocessing(source, splits["train"], ids=job.model is not None)
     else:
         preprocessing = read_json(Preprocessing, folder / "preprocessing.json")
     say.stage(f"data: {source.description}")
@@ -107,6 +109,15 @@ def open_workplace(job: Job, say: Progress, folder: Path | None = None) -> Workp
     if len(source.left_out) > 5:
         say.note(f"and {len(source.left_out) - 5} more left out")
     return Workplace(job, source, splits, preprocessing, {"inspecting": time.monotonic() - started})
+
+
+def _with_fitting_batch(job: Job, rows: int, say: Progress) -> Job:
+    """Data without a job of its own get a batch that suits them, where the default is too large and nobody set it."""
+    if job.model is not None or "batch_size" in job.set_by or job.batch_size <= rows:
+        return job
+    batch = max(2, rows // 8)
+    say.note(f"the default batch of {job.batch_size} rows is larger than the {rows} training rows: {batch} is taken")
+    return replace(job, batch_size=batch)
 
 
 def check_batch(place: Workplace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,15 @@ from delest.records.plan import Plan
 from delest.records.source import Schema
 
 
-def check(job: Job, schema: Schema, batch: Batch) -> list[str]:
-    """Every fault that two rows show; weights, random states and optimizer of other sessions are not touched."""
+def check(job: Job, schema: Schema, batch: Batch, more: Batch) -> list[str]:
+    """Every fault that two rows show; `more` rows tell whether outputs are logits or already probabilities."""
     try:
         session = TorchSession(job, Plan(batch_size=job.batch_size, micro_batch=job.batch_size), schema)
     except errors.BadInput as error:
         return list(error.faults)
     tensors = session.tensors(batch)
     faults = _check_forward(session, tensors) if job.step is None or job.predict is not None else []
-    return faults or _check_backward(session, tensors)
+    return faults or _check_backward(session, tensors) or _check_ending(session, more) or _check_evaluation(session, batch)
 
 
 def _check_forward(session: TorchSession, batch: Batch) -> list[str]:
@@ -100,6 +101,54 @@ def _check_backward(session: TorchSession, batch: Batch) -> list[str]:
     if all(parameter.grad is None for parameter in session.model.parameters()):
         return [f"the {what} does not depend on any trainable parameter: no gradient arrived."]
     return []
+
+
+def _check_ending(session: TorchSession, batch: Batch) -> list[str]:
+    """Probabilities where logits are expected: the loss would squash them again, and the metric's threshold is at 0."""
+    job, kind = session.job, session.schema.target.kind if session.schema.target else None
+    if job.step is not None or kind != "class" or batch.count < 16:
+        return []
+    outputs = session.predict(batch.inputs)
+    if outputs.ndim < 2 or outputs.shape[1] == 1:
+        if outputs.min() >= 0 and outputs.max() <= 1 and (np.ptp(outputs) > 0 or _last_is(session, torch.nn.Sigmoid)):
+            remedy = (
+                "leave the sigmoid out (delest's loss and its bundle add it)"
+                if isinstance(job.loss, str)
+                else ("leave the sigmoid out and use binary_cross_entropy_with_logits, or give a `predict` with two columns")
+            )
+            return [f"the model's single output is a probability, and a logit is needed: {remedy}."]
+    elif isinstance(job.loss, str) and outputs.ndim == 2 and outputs.min() >= 0 and np.allclose(outputs.sum(1), 1, atol=1e-4):
+        return [
+            "the model's outputs are probabilities, and cross_entropy needs logits or log-probabilities: leave the softmax out."
+        ]
+    return []
+
+
+def _last_is(session: TorchSession, kind: type[torch.nn.Module]) -> bool:
+    return isinstance(list(session.model.modules())[-1], kind)
+
+
+def _check_evaluation(session: TorchSession, batch: Batch) -> list[str]:
+    """One evaluation as after an epoch, on two rows: a detector answers otherwise in that mode."""
+    kind = session.schema.target.kind if session.schema.target else None
+    metric = metrics.chosen(session.job.metric, kind, session.job.step is None or session.job.predict is not None)
+    try:
+        for judged in session.outputs(_Single(batch)):
+            if session.job.step is not None and judged.outputs is not None:
+                metric.update(metric.init(), judged.outputs, judged.targets)
+    except Exception as error:
+        return [f"evaluation failed on {_words(batch.inputs)}: {where(error)}"]
+    return []
+
+
+class _Single:
+    """A feed of one batch."""
+
+    def __init__(self, batch: Batch):
+        self.batch = batch
+
+    def ordered(self) -> Iterator[Batch]:
+        return iter([self.batch])
 
 
 def _words(inputs: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -29,12 +30,16 @@ class TorchSession:
         randomness.seed_all(job.seed)
         self.job, self.schema = job, schema
         self.device = torch.device(plan.device)
-        self.model: nn.Module = models.build(job, schema).to(self.device).train()
+        self.model: nn.Module = models.build(job, schema).to(
+            self.device
+        )  # modes are the factory's: it may have frozen parts by eval()
         kind = schema.target.kind if schema.target else None
         self.loss = losses.choose(job.loss, kind, job.recipe.label_smoothing)
         self.parts, self.evaluation_rows = 1, max(job.batch_size, 256)
         self.memory_format: torch.memory_format | None = None
         self.autocast: torch.dtype | None = None
+        normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+        self._least_rows = 2 if normalised else 1
         self.guarded = plan.memory_bytes is not None
         methods.apply_all(plan, self)
         self.optimizers = optimizers.build(self.model, job.recipe)
@@ -57,7 +62,7 @@ class TorchSession:
         phase = "forward"
         try:
             total: Tensor | None = None
-            for part in _split(self.tensors(batch), min(self.parts, batch.count)):
+            for part in _split(self.tensors(batch), self._parts_of(batch.count)):
                 phase = "forward"
                 loss = self.batch_loss(part) * (part.count / batch.count)
                 phase = "backward"
@@ -77,6 +82,12 @@ class TorchSession:
                 parameter.grad = None
         assert total is not None
         return Step(Lazy(lambda: float(total)), batch.count, norm)
+
+    def _parts_of(self, count: int) -> int:
+        """Parts of a batch of `count` rows: none larger than those of a whole batch, none of one row where the model
+        normalises over the batch."""
+        rows = math.ceil(self.job.batch_size / self.parts)
+        return min(math.ceil(count / rows), max(1, count // self._least_rows))
 
     def batch_loss(self, batch: Batch) -> Tensor:
         """The mean loss of a batch of tensors, with its gradient."""
@@ -153,11 +164,21 @@ class TorchSession:
     def _judge(self, batch: Batch) -> Outputs:
         if self.job.step is None:
             outputs = self.forward(batch.inputs)
-            rows = self.loss.rows(outputs, batch.targets)
+            losses = _numpy(self.loss.rows(outputs, batch.targets).float())
+        elif self.job.predict is not None:  # a detector's forward gives no loss in evaluation mode: the metric judges
+            outputs, losses = self.forward(batch.inputs), np.full(batch.count, np.nan, np.float32)
         else:
-            outputs = self.forward(batch.inputs) if self.job.predict else None
-            rows = self.batch_loss(batch).expand(batch.count)
-        return Outputs(_numpy(outputs), _numpy(batch.targets), _numpy(rows.float()), batch.index)
+            outputs, losses = None, np.full(batch.count, self._step_loss(batch), np.float32)
+        return Outputs(_numpy(outputs), _numpy(batch.targets), losses, batch.index)
+
+    def _step_loss(self, batch: Batch) -> float:
+        """The job's own loss without gradient: in training mode, which it may need, but for layers that would draw random
+        numbers or change their statistics."""
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+                module.eval()
+        return float(self.batch_loss(batch))
 
     def exportable(self) -> nn.Module:
         """The module whose forward is what evaluation sees."""
@@ -178,8 +199,7 @@ class TorchSession:
                         arrays[key] = _numpy(value)
                     else:
                         numbers[key] = value
-        bf16 = [name for name, tensor in self.model.state_dict().items() if tensor.dtype == torch.bfloat16]
-        return State(arrays, {"bf16": bf16, "numbers": numbers})
+        return State(arrays, {"numbers": numbers})
 
     def load(self, state: State) -> None:
         """Take up a state; raises `BadInput` where it belongs to another model or optimizer."""
@@ -245,6 +265,8 @@ def _place(state: dict[str, Any], name: str, value: Any, parameter: Tensor) -> N
     optimizers walk weights and state in step, element by element."""
     if isinstance(value, np.ndarray):
         tensor = torch.from_numpy(np.array(value)).to(parameter.device)
+        if tensor.dtype == torch.uint16:  # how bf16 is stored; no optimizer keeps 16-bit integers
+            tensor = tensor.view(torch.bfloat16)
         if name not in state:
             state[name] = torch.empty_like(parameter) if tensor.shape == parameter.shape else torch.empty_like(tensor)
         with torch.no_grad():
