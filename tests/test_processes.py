@@ -156,6 +156,9 @@ def start_and_wait(job: jobs.Job, pids: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a suite in the background ignores it, and so would this
     )
     wait_until(lambda: pids.exists() or caller.poll() is not None)
     return caller

@@ -237,14 +237,14 @@ def load(what: str | Path | Job) -> Job:
     if file.endswith(".py"):
         path = Path(file)
         if not path.is_file():
-            raise errors.BadInput(f"{file} does not exist (looked in {Path.cwd()}).{_nearby(path)}")
+            raise errors.BadInput(f"{file} does not exist (looked in {Path.cwd()}).{nearby(path)}")
         origin = f"{path.resolve()}:{name}" if name else str(path.resolve())
         return replace(_job_in(_import_file(path), name, text), origin=origin)
     if name and "/" not in file:
         return replace(_job_in(_import_module(file), name, text), origin=text)
     path = Path(text)
     if not path.exists():
-        raise errors.BadInput(f"{text} does not exist (looked in {Path.cwd()}).{_nearby(path)}")
+        raise errors.BadInput(f"{text} does not exist (looked in {Path.cwd()}).{nearby(path)}")
     resolved = str(path.resolve())
     return Job(data=resolved, origin=resolved)
 
@@ -297,7 +297,8 @@ def _is_module(value: object) -> bool:
     return torch is not None and isinstance(value, torch.nn.Module)
 
 
-def _nearby(path: Path) -> str:
+def nearby(path: Path) -> str:
+    """A hint at what lies where a path points that does not exist, by name; empty where nothing is like it."""
     folder = path.parent if path.parent.is_dir() else Path()
     near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1)
     return f" Did you mean {folder / near[0]}?" if near else ""

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "open_job": "opening",
     "open_source": "opening",
     "split": "splitting",
     "sample": "splitting",
@@ -16,12 +17,23 @@ _HOMES = {
     "raw_rows": "feed",
     "synthetic": "generated",
 }
-__all__ = ["Feed", "Preprocessing", "fit_preprocessing", "open_source", "raw_rows", "sample", "split", "summarise", "synthetic"]
+__all__ = [
+    "Feed",
+    "Preprocessing",
+    "fit_preprocessing",
+    "open_job",
+    "open_source",
+    "raw_rows",
+    "sample",
+    "split",
+    "summarise",
+    "synthetic",
+]
 
 if TYPE_CHECKING:
     from delest.data.feed import Feed, raw_rows
     from delest.data.generated import synthetic
-    from delest.data.opening import open_source
+    from delest.data.opening import open_job, open_source
     from delest.data.preprocessing import Preprocessing, fit_preprocessing
     from delest.data.splitting import sample, split
     from delest.data.statistics import summarise

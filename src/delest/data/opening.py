@@ -10,7 +10,7 @@ from delest import errors
 from delest.data.splitting import sample_rows
 from delest.data.stored import Subset
 from delest.data.targets import Wishes
-from delest.job import _nearby
+from delest.job import Job, nearby
 from delest.records.source import Source
 
 _ACCEPTED = ".npz, .npy, .csv or .parquet files, or a folder of them or of images (a folder a class)"
@@ -40,6 +40,19 @@ def open_source(
     return source
 
 
+def open_job(job: Job) -> Source:
+    """Open the data of a job as its fields say. Raises `BadInput` with all faults that were found."""
+    return open_source(
+        job.data,
+        target=job.target,
+        rows=job.rows,
+        image_size=job.image_size,
+        skip_bad=job.skip_bad,
+        split_by=job.split.by,
+        seed=job.seed,
+    )
+
+
 def _open(data: Any, wishes: Wishes) -> Source:
     if all(hasattr(data, name) for name in ("schema", "read", "fingerprint", "values", "roles")):
         return data
@@ -60,7 +73,7 @@ def _open(data: Any, wishes: Wishes) -> Source:
 
 def _open_path(path: Path, wishes: Wishes) -> Source:
     if not path.exists():
-        raise errors.BadInput(f"{path} does not exist (looked in {Path.cwd()}).{_nearby(path)}")
+        raise errors.BadInput(f"{path} does not exist (looked in {Path.cwd()}).{nearby(path)}")
     if path.is_dir():
         return _open_folder(path, wishes)
     name = path.name.lower()

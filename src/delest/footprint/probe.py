@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from delest.backends.torch.check import check
+from delest.backends.torch.check import Single, check
 from delest.backends.torch.session import TorchSession
-from delest.data import Feed, Preprocessing, open_source
+from delest.data import Feed, Preprocessing, open_job
 from delest.hardware import machine, probes
 from delest.job import Job
 from delest.records.batch import Batch
@@ -44,15 +44,7 @@ def examine(
     torch.set_num_threads(threads)
     device = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     prepared = from_json(Preprocessing, preprocessing)
-    source = open_source(
-        job.data,
-        target=job.target,
-        rows=job.rows,
-        image_size=job.image_size,
-        skip_bad=job.skip_bad,
-        split_by=job.split.by,
-        seed=job.seed,
-    )
+    source = open_job(job)
     whole = next(Feed(source, np.array(index), prepared, batch_size=len(index)).ordered())
     faults = check(job, source.schema, _first(whole, 2), _first(whole, 32))
     if faults or checked_only:
@@ -95,22 +87,12 @@ def _probe(job: Job, plan: Plan, schema: Schema, batch: Batch, result: dict[str,
         peak = _peak(plan.device) - idle
         first, steady = (peak, steady) if number == 0 else (first, max(steady, peak))
     _reset_peak(plan.device)
-    for _ in session.outputs(_Single(batch)):
+    for _ in session.outputs(Single(batch)):
         pass
     evaluation = _peak(plan.device) - idle
     del session
     _release()
     return {"rows": batch.count, "first": first, "steady": steady, "evaluation": evaluation, "seconds": min(seconds[1:])}
-
-
-class _Single:
-    """A feed of one batch."""
-
-    def __init__(self, batch: Batch):
-        self.batch = batch
-
-    def ordered(self) -> Any:
-        return iter([self.batch])
 
 
 def _variants(job: Job, plain: Plan, schema: Schema, batch: Batch, threads: int) -> dict[str, dict[str, float]]:

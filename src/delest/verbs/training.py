@@ -106,7 +106,8 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
     place = open_workplace(loaded, say, folder if settings.resume else None)
     plan = _plan(place, settings, folder, say)
     session = backend(place.job).session(place.job, plan, place.source.schema)
-    begin_with = None if settings.init_from is None else read_weights(Path(settings.init_from))
+    begun = settings.resume and any(folder.glob("checkpoints/step-*"))  # which hold the weights already
+    begin_with = None if settings.init_from is None or begun else read_weights(Path(settings.init_from))
     if begin_with is not None:
         session.load_weights(begin_with)
     preview = None
@@ -129,15 +130,20 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
 
 
 def _as_begun(folder: Path, settings: Settings) -> Settings:
-    """The settings of a run that goes on: those it began with; its time and checkpoints may be given anew."""
-    fixed = [
-        name for name in ("plan", "memory", "preview", "init_from", "device", "threads") if getattr(settings, name) is not None
+    """The settings of a run that goes on: those it began with. Its time and checkpoints may be given anew."""
+    begun = runs.settings_of(folder)
+    if settings.init_from is not None:
+        settings = replace(settings, init_from=str(Path(settings.init_from).resolve()))
+    changed = [
+        f"--{name.replace('_', '-')}"
+        for name in ("plan", "memory", "preview", "init_from", "device", "threads")
+        if getattr(settings, name) not in (None, begun.get(name))
     ]
-    if fixed:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
-        raise errors.BadInput(f"{options}: a run goes on with the settings it began with. Leave it out, or start a new run.")
-    begun = {name: value for name, value in runs.settings_of(folder).items() if getattr(settings, name) is None}
-    return replace(settings, **begun)
+    if changed:
+        raise errors.BadInput(
+            f"{', '.join(changed)}: a run goes on with the settings it began with. Leave it out, or start a new run."
+        )
+    return replace(settings, **{name: value for name, value in begun.items() if getattr(settings, name) is None})
 
 
 def restore(folder: Path, say: Progress, given: jobs.Job | None = None) -> Trained:
@@ -212,7 +218,8 @@ def _start_folder(folder: Path, place: Workplace, plan: Plan, session: Any, sett
     state = session.state()
     weights = sum(array.nbytes for name, array in state.arrays.items() if name.startswith("model."))
     checkpoints.check_room(folder, sum(array.nbytes for array in state.arrays.values()), weights)
-    begun = {name: getattr(settings, name) for name in ("time", "checkpoint_seconds", "max_drop", "init_from")}
+    names = ("memory", "time", "preview", "device", "threads", "checkpoint_seconds", "max_drop")
+    begun = {name: getattr(settings, name) for name in names}
     begun["init_from"] = None if settings.init_from is None else str(Path(settings.init_from).resolve())
     files = {"data.json": place.describe_data(), "preprocessing.json": preprocessing_json(place)}
     while True:

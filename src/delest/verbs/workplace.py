@@ -74,22 +74,14 @@ def open_workplace(job: Job, say: Progress, folder: Path | None = None) -> Workp
 
     Raises `BadInput` with every fault of the job's fields and its data together.
     """
-    from delest.data import Preprocessing, fit_preprocessing, open_source, split
+    from delest.data import Preprocessing, fit_preprocessing, open_job, split
 
     started = time.monotonic()
     faults = job.faults()
     source = None
     if job.data is not None:
         try:
-            source = open_source(
-                job.data,
-                target=job.target,
-                rows=job.rows,
-                image_size=job.image_size,
-                skip_bad=job.skip_bad,
-                split_by=job.split.by,
-                seed=job.seed,
-            )
+            source = open_job(job)
         except errors.BadInput as error:
             faults.extend(error.faults)
     if source is not None:

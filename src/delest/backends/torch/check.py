@@ -133,7 +133,7 @@ def _check_evaluation(session: TorchSession, batch: Batch) -> list[str]:
     kind = session.schema.target.kind if session.schema.target else None
     metric = metrics.chosen(session.job.metric, kind, session.job.step is None or session.job.predict is not None)
     try:
-        for judged in session.outputs(_Single(batch)):
+        for judged in session.outputs(Single(batch)):
             if session.job.step is not None and judged.outputs is not None:
                 metric.update(metric.init(), judged.outputs, judged.targets)
     except Exception as error:
@@ -141,7 +141,7 @@ def _check_evaluation(session: TorchSession, batch: Batch) -> list[str]:
     return []
 
 
-class _Single:
+class Single:
     """A feed of one batch."""
 
     def __init__(self, batch: Batch):
