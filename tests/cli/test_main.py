@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import types
@@ -278,3 +279,18 @@ class TestProcess:
     def test_a_reader_that_goes_away_is_no_fault(self) -> None:
         ended = self.run("delest --help | true")
         assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_termination_that_a_library_turned_into_an_error_is_still_one(calls, monkeypatch, capsys) -> None:
+    def inspect(job: Any) -> Summary:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:
+            raise errors.BadInput("half imported") from None
+        return SUMMARY
+
+    monkeypatch.setattr(sys.modules["delest.verbs"], "inspect", inspect)
+    assert cli.main(["inspect", "job.py"]) == 143
+    assert "terminated" in capsys.readouterr().err
+    monkeypatch.setattr(sys.modules["delest.verbs"], "inspect", lambda job: SUMMARY)
+    assert cli.main(["inspect", "job.py"]) == 0

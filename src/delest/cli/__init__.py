@@ -22,6 +22,7 @@ from delest import __version__, errors, storage
 from delest.records.form import to_json
 
 COMMANDS = ("run", "inspect", "plan", "train", "shrink", "report", "predict", "doctor")
+_WHEN_TERMINATED = ("Interrupted", "terminated; what was finished before is kept", 128 + signal.SIGTERM)
 _INTERRUPTED = 130  # 128 + SIGINT
 # Newer versions of typer carry click inside, older ones import it; its base classes have no public name in either.
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     as_json = "--json" in given[: given.index("--") if "--" in given else None]
     stdout = sys.stdout
-    before = signal.getsignal(signal.SIGTERM)
+    before, _Terminated.received = signal.getsignal(signal.SIGTERM), False
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)  # outside training, which watches for itself
     try:
@@ -66,8 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Terminated(BaseException):
     """SIGTERM, so that what was begun is cleared away; like KeyboardInterrupt no ordinary handler catches it."""
 
+    received = False  # a library that was importing may turn the exception into one of its own
+
 
 def _terminated(number: int, frame: object) -> None:
+    _Terminated.received = True
     raise _Terminated
 
 
@@ -84,8 +88,10 @@ def _run(given: list[str], as_json: bool) -> tuple[int, str]:
         return 0, ""
     except errors.DelestError as error:
         kind, words, status = type(error).__name__, str(error), error.exit_status
+        if _Terminated.received:
+            kind, words, status = _WHEN_TERMINATED
     except _Terminated:
-        kind, words, status = "Interrupted", "terminated; what was finished before is kept", 128 + signal.SIGTERM
+        kind, words, status = _WHEN_TERMINATED
     except (KeyboardInterrupt, typer.Abort):
         kind, words, status = "Interrupted", "interrupted", _INTERRUPTED
     except _CommandLineError as error:
