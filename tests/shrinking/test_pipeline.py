@@ -233,6 +233,7 @@ def test_a_table_with_a_number_as_its_target(tmp_path):
     assert found["fp32"].selection["rmse"] == pytest.approx(found["torch"].selection["rmse"], rel=1e-3)
     assert found["fp32"].selection["loss"] == pytest.approx(found["torch"].selection["loss"], rel=1e-3)
     assert 0 < found["int8"].bound.upper < 100
+    assert shrunk.max_drop == pytest.approx(100.0 * found["torch"].selection["rmse"])  # of an error it is a share
     raw = {"size": np.array([50.0, np.nan], np.float32), "kind": np.array(["b", "?"], object)}
     assert load(tmp_path / "run" / "bundle").predict(raw)[0] == pytest.approx(1700, abs=150)
 

@@ -297,3 +297,19 @@ def test_data_alone_get_a_batch_that_fits(job):
     x, y = images(60)
     np.savez("few.npz", x=x, y=y)
     assert delest.train("few.npz", say=Progress()).plan.batch_size == 5
+
+
+def test_a_run_that_is_overtaken_takes_the_next_folder(job, monkeypatch):
+    claim, overtaken = runs.claim, []
+
+    def claiming(folder, *arguments, **named):
+        if not overtaken:
+            overtaken.append(folder)
+            claim(folder, *arguments, **named)  # another process was faster
+        claim(folder, *arguments, **named)
+
+    monkeypatch.setattr(runs, "claim", claiming)
+    assert delest.train(job, say=Progress()).path.name == "small-002"
+    overtaken.clear()
+    with pytest.raises(errors.FolderTaken):
+        delest.train(job, out="mine", say=Progress())
