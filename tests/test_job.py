@@ -221,9 +221,9 @@ def test_an_unknown_name_far_from_all_has_no_hint():
     ("job", "title"),
     [
         (Job(name="mine", origin="/a/b.py"), "mine"),
-        (Job(origin="/work/digits.py"), "digits"),
-        (Job(origin="/work/digits.py:large"), "digits"),
-        (Job(origin="/work/v1:2/digits.py:large"), "digits"),
+        (Job(origin="/jobs/digits.py"), "digits"),
+        (Job(origin="/jobs/digits.py:large"), "digits"),
+        (Job(origin="/jobs/v1:2/digits.py:large"), "digits"),
         (Job(origin="shop.taste:large"), "taste"),
         (Job(origin="taste:large"), "taste"),
         (Job(origin="/data/photos", data="/data/photos"), "photos"),
