@@ -32,17 +32,15 @@ def room_reported(path: Path) -> Iterator[None]:
         raise
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a whole file so that a crash leaves the old content or the new, never a part.
-
-    Raises `DiskFull`; the old file then stays.
-    """
-    encoded = data.encode() if isinstance(data, str) else data
+@contextlib.contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write piece by piece that appears under its name whole, or not at all: a crash leaves the old content or
+    the new. Raises `DiskFull`; the old file then stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with room_reported(path):
         try:
             with open(temporary, "wb") as file:
-                file.write(encoded)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -50,6 +48,12 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write a whole file atomically. Raises `DiskFull`; the old file then stays."""
+    with written_atomically(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def write_json(path: Path, record: Any) -> None:

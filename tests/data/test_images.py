@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from delest import errors
+from delest import errors, storage
 from delest.data import images, open_source, packing
 from delest.data.images import Decoding, decode, fit, fit_pixels
 from delest.data.stored import PackedFile
@@ -270,7 +270,7 @@ def test_a_full_disk_is_not_a_damaged_picture(tmp_path, monkeypatch):
         def fileno(self):
             return 0
 
-    monkeypatch.setattr(packing, "open", lambda *_: File(), raising=False)
+    monkeypatch.setattr(storage, "open", lambda *_: File(), raising=False)
     with pytest.raises(errors.DiskFull):
         open_source(tmp_path)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from delest import errors
+from delest import errors, storage
 from delest.data import fingerprints, open_source, packing
 from delest.data.stored import Joined, Memory, PackedFile, Subset, Viewed, blocks
 
@@ -79,7 +79,7 @@ def test_a_subset_renumbers(tmp_path):
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path):
-    with packing.written_atomically(tmp_path / "whole") as file:
+    with storage.written_atomically(tmp_path / "whole") as file:
         file.write(b"abc")
         assert not (tmp_path / "whole").exists()
     assert (tmp_path / "whole").read_bytes() == b"abc"
@@ -89,7 +89,7 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
 
 
 def write_until_full(path):
-    with packing.written_atomically(path) as file:
+    with storage.written_atomically(path) as file:
         file.write(b"abc")
         raise OSError(28, "No space left on device")
 
@@ -97,7 +97,7 @@ def write_until_full(path):
 def test_room_for_a_pack(monkeypatch, tmp_path):
     assert packing.has_room(1000)
     assert not packing.has_room(packing.LARGEST_PACK_BYTES + 1)
-    monkeypatch.setattr(packing.storage, "free_bytes", lambda _: 3999)
+    monkeypatch.setattr(storage, "free_bytes", lambda _: 3999)
     assert not packing.has_room(1000)
     monkeypatch.setenv("DELEST_CACHE", str(tmp_path / "file"))
     (tmp_path / "file").write_text("in the way")

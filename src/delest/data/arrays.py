@@ -15,7 +15,7 @@ import numpy as np
 
 from delest import errors, storage
 from delest.data import fingerprints
-from delest.data.packing import has_room, written_atomically
+from delest.data.packing import has_room
 from delest.data.stored import Joined, Memory, PackedFile, Store, StoredSource, Viewed, blocks
 from delest.data.targets import ROLE_NAMES, TARGET_NAMES, Wishes, encode_target, refuse
 from delest.job import unknown
@@ -120,7 +120,7 @@ def _npz_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, fingerprint: 
     if member.file_size > _HELD_BYTES and has_room(member.file_size):
         path = storage.cache_folder("packed") / f"{fingerprints.of_text(fingerprint, member.filename)}.npy"
         if not path.exists() or path.stat().st_size != member.file_size:
-            with archive.open(member) as source, written_atomically(path) as file:
+            with archive.open(member) as source, storage.written_atomically(path) as file:
                 shutil.copyfileobj(source, file, 1 << 20)
         return _npy_file(path)
     with archive.open(member) as source:

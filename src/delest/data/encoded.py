@@ -12,7 +12,6 @@ import numpy as np
 
 from delest import errors, storage
 from delest.data import fingerprints
-from delest.data.packing import written_atomically
 from delest.data.targets import ROLE_NAMES, TARGET_NAMES, Wishes, encode_target, missing_values, refuse, roles_of_files
 from delest.job import unknown
 from delest.records.source import ROLES, Target
@@ -169,11 +168,11 @@ class ParquetColumn:
         ends = path.with_suffix(".npy")
         if not (ends.exists() and path.exists()):
             lengths = []
-            with written_atomically(path) as file:
+            with storage.written_atomically(path) as file:
                 for data in self.stream(np.arange(self._starts[-1])):
                     file.write(data)
                     lengths.append(len(data))
-            with written_atomically(ends) as file:
+            with storage.written_atomically(ends) as file:
                 np.save(file, np.cumsum([0, *lengths]))
         return _Blob(self, path, np.load(ends))
 

@@ -19,7 +19,7 @@ from PIL import Image
 from delest import errors, storage
 from delest.data import fingerprints
 from delest.data.encoded import Encoded
-from delest.data.packing import has_room, written_atomically
+from delest.data.packing import has_room
 from delest.data.splitting import choose_rows
 from delest.data.stored import Memory, PackedFile, Store, StoredSource
 from delest.data.targets import Wishes, refuse
@@ -259,7 +259,7 @@ def _write_pack(
     read: Callable[[bytes | Path], NDArray[uint8]],
 ) -> _Found:
     path = _pack_path(fingerprint, wishes)
-    with written_atomically(path) as file:
+    with storage.written_atomically(path) as file:
         for _, pixels in _readable(encoded, index, bad, read):
             file.write(pixels.tobytes())
         if (bad and not wishes.skip_bad) or len(bad) == len(index):
