@@ -1,8 +1,8 @@
-"""The machine a result was obtained on."""
+"""The machine a result was obtained on, and the rates of devices."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,39 @@ class Hardware:
     memory_limit_bytes: int | None  # of the control group, None where there is none
     available_bytes: int  # what a new allocation can have now, the limit counted
     swap_bytes: int = 0
+    cache_bytes: dict[str, int] = field(default_factory=dict)  # by level as lscpu names them: L1d, L2, L3; of one core's view
     accelerators: tuple[Accelerator, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """Rates that bound a step on one device: what was measured here, or a datasheet's times a stated efficiency."""
+
+    device: str
+    threads: int | None = None
+    flops: dict[str, float]  # a second, by kind and format: "matmul.fp32", "convolution.bf16", "depthwise.fp32", "attention.fp16"
+    reused_bytes: float  # a second, read and written together, of memory that was touched before (beyond the caches)
+    fresh_bytes: float  # a second, written, into memory that the system has just given (page faults; equal to reused on a GPU)
+    cached_bytes: float  # a second, of operands that fit the last cache
+    overhead_seconds: float  # of one small operator, forward, launched from Python
+    host_to_device_bytes: float | None = None
+    basis: str = "measurement"  # or "datasheet"
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One entry of the catalogue: a device that the user need not have. Dense rates, without sparsity."""
+
+    name: str  # as users type it: "a100-80"
+    title: str  # "NVIDIA A100 80GB SXM"
+    memory_bytes: int
+    bandwidth_bytes: float  # a second
+    flops: dict[str, float]  # a second by format: fp32, tf32, fp16, bf16, fp64 (matrix units where it has them)
+    capability: str | None
+    released: int  # year
+    source: str  # the datasheet's address
+    host_to_device_bytes: float | None = None  # a second, of its bus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +82,8 @@ class Diagnosis:
     versions: dict[str, str]
     extras: dict[str, bool]
     checks: tuple[Check, ...]
+    roofline: Roofline | None = None  # of the processor with all its cores, where it has been measured
+    cleared_bytes: int | None = None  # that emptying the cache freed, where that was asked for
 
     @property
     def usable(self) -> bool:
