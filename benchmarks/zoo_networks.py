@@ -306,7 +306,9 @@ class AllLayers(nn.Module):
         self.table, self.head = nn.Embedding(8, 16, sparse=sparse), nn.Linear(16, 2)
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
-        states = self.attention(self.up(self.flat(pixels)).flatten(2).transpose(1, 2)) + self.table(tokens).mean(1, keepdim=True)
+        states = self.attention(self.up(self.flat(pixels)).flatten(2).transpose(1, 2)) + self.table(tokens).mean(
+            1, keepdim=True
+        )
         for layer in self.recurrent:
             states = layer(states)[0]
         return self.head(states.mean(1))

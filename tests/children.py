@@ -32,6 +32,10 @@ def describe(job: Job, **arguments: Any) -> dict[str, Any]:
     }
 
 
+def add(left: int, right: int) -> dict[str, int]:
+    return {"pid": os.getpid(), "sum": left + right}
+
+
 def chatter(job: Job) -> str:
     """Prints a lot, also past Python, and something that looks like an answer."""
     print('{"value": "wrong"}')

@@ -148,5 +148,7 @@ def test_a_command_loads_at_most_what_typer_reads_values_with(code: str) -> None
 
 
 def test_machine_and_probe_modules_leave_torch_for_when_it_is_asked() -> None:
-    loaded = loaded_by("from delest.hardware import accelerators, doctor, machine, probes; machine.describe()")
+    loaded = loaded_by(
+        "from delest.hardware import accelerators, catalogue, doctor, machine, probes, roofline; machine.describe()"
+    )
     assert loaded & FRAMEWORKS == set()

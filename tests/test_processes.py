@@ -64,6 +64,12 @@ def test_the_answer_comes_from_another_process_with_the_same_job(job):
     assert math.isnan(answer["nan"])
 
 
+def test_a_function_that_needs_no_job_gets_its_arguments_alone():
+    answer = processes.call("children:add", None, environment=ENVIRONMENT, left=2, right=3)
+    assert answer["sum"] == 5
+    assert answer["pid"] != os.getpid()
+
+
 def test_nothing_is_left_in_the_temporary_folder(job, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))

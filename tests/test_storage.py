@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -251,3 +252,38 @@ def test_the_cache_folder_is_made_where_the_environment_says(tmp_path, monkeypat
     assert folder == tmp_path / place / "packed" / "images"
     assert folder.is_dir()
     assert storage.cache_folder() == tmp_path / place
+
+
+def test_clearing_the_cache_leaves_what_delest_did_not_make(tmp_path, monkeypatch):
+    monkeypatch.setenv("DELEST_CACHE", str(tmp_path / "cache"))
+    assert storage.clear_cache() == 0
+    assert not (tmp_path / "cache").exists()
+    (storage.cache_folder("packed", "images") / "a.bin").write_bytes(b"x" * 100)
+    (storage.cache_folder("probes") / "b.json").write_text("{}")
+    (tmp_path / "cache" / "photos").mkdir()
+    (tmp_path / "cache" / "photos" / "mine.jpg").write_bytes(b"mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine.jpg").write_bytes(b"mine")
+    (storage.cache_folder("packed") / "link").symlink_to(tmp_path / "elsewhere")
+    assert storage.clear_cache() >= 102
+    assert list(storage.cache_folder("packed").iterdir()) == list(storage.cache_folder("probes").iterdir()) == []
+    assert (tmp_path / "cache" / "photos" / "mine.jpg").exists()
+    assert (tmp_path / "elsewhere" / "mine.jpg").exists()
+
+
+def test_a_cache_that_cannot_be_emptied_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("DELEST_CACHE", str(tmp_path))
+    (storage.cache_folder("probes") / "a.json").write_text("{}")
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(errors.BadInput, match=r"cannot be used \(Permission denied: .*a.json\). Set DELEST_CACHE"):
+        storage.clear_cache()
+
+
+def test_every_folder_of_the_cache_is_one_that_is_cleared(tmp_path, monkeypatch):
+    monkeypatch.setenv("DELEST_CACHE", str(tmp_path))
+    with pytest.raises(AssertionError, match="clear_cache would leave it"):
+        storage.cache_folder("unheard_of")

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    **dict.fromkeys(("run", "inspect", "plan", "train", "shrink", "report", "predict", "doctor"), "delest.verbs"),
+    **dict.fromkeys(
+        ("run", "inspect", "estimate", "measure", "plan", "train", "shrink", "report", "predict", "doctor", "sweep"),
+        "delest.verbs",
+    ),
     **dict.fromkeys(("Job", "Recipe", "Split"), "delest.job"),
     "synthetic": "delest.data",
 }
@@ -19,12 +22,15 @@ if TYPE_CHECKING:
     from delest.job import Job as Job, Recipe as Recipe, Split as Split
     from delest.verbs import (
         doctor as doctor,
+        estimate as estimate,
         inspect as inspect,
+        measure as measure,
         plan as plan,
         predict as predict,
         report as report,
         run as run,
         shrink as shrink,
+        sweep as sweep,
         train as train,
     )
 

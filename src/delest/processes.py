@@ -1,4 +1,4 @@
-"""A named function for a job, run in a fresh process: a probe that fails leaves nothing behind.
+"""A named function, most often for a job, run in a fresh process: a probe that fails leaves nothing behind.
 
 The child gets its request as JSON on standard input and answers with one JSON object in a file; what it prints goes to
 another, of which the end is shown where it gives no answer. The whole process tree ends when the time is up or the caller
@@ -23,22 +23,23 @@ from delest import errors, job as jobs
 
 
 def call(
-    function: str, job: jobs.Job, *, timeout: float = 600.0, environment: dict[str, str] | None = None, **arguments: Any
+    function: str, job: jobs.Job | None, *, timeout: float = 600.0, environment: dict[str, str] | None = None, **arguments: Any
 ) -> Any:
     """Run `function` ("module:name") as `name(job, **arguments)` in a fresh process and return its JSON answer.
 
-    A job without `origin` (a notebook's lambda) cannot be rebuilt elsewhere: the function then runs here.
+    Without a job it runs as `name(**arguments)`. A job without `origin` (a notebook's lambda) cannot be rebuilt elsewhere:
+    the function then runs here.
 
     Raises what the function raised where that is a `DelestError`; `ProbeFailed` where the child crashed, was killed or
     ran out of time.
     """
-    if job.origin is None:
+    if job is not None and job.origin is None:
         return _function(function)(job, **arguments)
     with tempfile.TemporaryDirectory(prefix="delest-") as folder:
         request, answer, printed = (Path(folder, name) for name in ("request.json", "answer.json", "printed.txt"))
         asked = {
             "function": function,
-            "job": job.describe(),
+            "job": None if job is None else job.describe(),
             "arguments": arguments,
             "answer": str(answer),
             "parent": os.getpid(),
@@ -111,8 +112,8 @@ def _main() -> None:
     request = json.loads(sys.stdin.read())
     _end_with_parent(request["parent"])
     try:
-        value = _function(request["function"])(jobs.rebuild(request["job"]), **request["arguments"])
-        reply = {"value": value}
+        given = () if request["job"] is None else (jobs.rebuild(request["job"]),)
+        reply = {"value": _function(request["function"])(*given, **request["arguments"])}
     except errors.DelestError as error:
         reply = {"error": type(error).__name__, "fields": error.fields()}
     temporary = Path(request["answer"] + ".tmp")

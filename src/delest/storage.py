@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from delest import errors
 from delest.records.form import to_json, to_plain
 
+CACHES = ("packed", "probes")  # what `cache_folder` may be asked for: all that is ever made in the cache
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -120,7 +121,44 @@ def free_bytes(folder: Path) -> int:
 
 def cache_folder(*parts: str) -> Path:
     """A folder in the user's cache (`DELEST_CACHE`, else `$XDG_CACHE_HOME/delest`, else `~/.cache/delest`), made if needed."""
-    root = os.environ.get("DELEST_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "delest")
-    folder = Path(root, *parts)
+    assert not parts or parts[0] in CACHES, f"{parts[0]} is missing in CACHES, so clear_cache would leave it"
+    folder = Path(_cache_root(), *parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _cache_root() -> Path:
+    own, shared = os.environ.get("DELEST_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else Path(shared or Path.home() / ".cache", "delest")
+
+
+@contextlib.contextmanager
+def cache_reported() -> Iterator[None]:
+    """Turn what the system has against the cache folder into `BadInput`, naming it and the way out; no room is `DiskFull`."""
+    with room_reported(_cache_root()):
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise
+            raise errors.BadInput(
+                f"the cache folder {_cache_root()} cannot be used ({error.strerror}: {error.filename}). "
+                "Set DELEST_CACHE to a folder that you may write."
+            ) from error
+
+
+def clear_cache() -> int:
+    """Empty the cache's folders, those in `CACHES` alone since `DELEST_CACHE` may hold other files too; bytes they had.
+
+    What another process reads meanwhile stays readable to it. Raises `BadInput` where the folder cannot be used.
+    """
+    freed = 0
+    with cache_reported():
+        for folder in (_cache_root() / name for name in CACHES):
+            for path in sorted(folder.rglob("*"), reverse=True):  # what a folder holds comes before it
+                if path.is_dir() and not path.is_symlink():
+                    path.rmdir()
+                else:
+                    freed += path.lstat().st_size
+                    path.unlink()
+    return freed

@@ -45,7 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[tuple[Any, ...], d
             {"input": "a.png", "label": "7", "probability": 0.9},
             {"input": "b, c", "value": 1.5},
         ],
-        "doctor": lambda: Diagnosis(hardware=HARDWARE, versions={}, extras={}, checks=()),
+        "doctor": lambda **wishes: Diagnosis(hardware=HARDWARE, versions={}, extras={}, checks=()),
         "progress": lambda *, quiet: "quiet" if quiet else "progress",
     }
     verbs = types.ModuleType("delest.verbs")
@@ -222,6 +222,17 @@ class TestOutput:
         assert "pip install torch" in capsys.readouterr().out
         assert cli.main(["doctor", "--json"]) == status
         assert json.loads(capsys.readouterr().out)["checks"][0]["name"] == "torch"
+
+    def test_doctor_measures_and_clears_where_it_is_told_to(
+        self, calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+    ) -> None:
+        for wishes, given in (
+            ([], {}),
+            (["--clear-cache"], {"clear_cache": True}),
+            (["--measure", "--clear-cache"], {"measure": True, "clear_cache": True}),
+        ):
+            assert cli.main(["doctor", *wishes]) == 0
+            assert calls["doctor"] == ((), given)
 
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["--version"]) == 0

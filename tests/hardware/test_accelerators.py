@@ -64,10 +64,39 @@ def test_a_build_without_cuda_beside_a_gpu_gets_the_command_that_mends_it() -> N
     assert "driver" not in (judged.remedy or "")
 
 
-def test_an_old_driver_is_named() -> None:
-    old = Accelerator(name="A", memory_bytes=1, capability="9.0", driver="535.104")
-    for torch in (torch_like(cuda=None), torch_like(available=False)):
-        assert "update the NVIDIA driver to 580 or newer (it is 535.104)" in (accelerators.judge(old, torch).remedy or "")
+@pytest.mark.parametrize(
+    ("cuda", "driver", "least"), [("13.0", "535.104", 580), ("12.8", "470.57.02", 525), ("11.8", "418.1", 450)]
+)
+def test_a_driver_too_old_for_the_builds_cuda_is_named(cuda: str, driver: str, least: int) -> None:
+    old = Accelerator(name="A", memory_bytes=1, capability="9.0", driver=driver)
+    remedy = accelerators.judge(old, torch_like(cuda, available=False)).remedy or ""
+    assert f"update the NVIDIA driver to {least} or newer (it is {driver})" in remedy
+    # A build for an older CUDA is the other way out, where this driver runs one.
+    assert ("/whl/cu126" in remedy) == (driver == "535.104")
+
+
+def test_a_driver_that_is_new_enough_is_not_blamed() -> None:
+    gpu = Accelerator(name="A", memory_bytes=1, capability="9.0", driver="535.104")
+    remedy = accelerators.judge(gpu, torch_like("12.6", available=False)).remedy or ""
+    assert "driver 535.104 is new enough" in remedy
+    assert "update" not in remedy
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "words"),
+    [
+        ("9.0", "580.65.06", "whl/cu130"),
+        ("9.0", "535.104", "whl/cu126"),
+        ("7.0", "580.65.06", "whl/cu126"),  # CUDA 13 has no code for Volta
+        ("12.0", "570.1", "update the NVIDIA driver to 580 or newer (it is 570.1), then pip install"),
+        ("9.0", "470.57.02", "update the NVIDIA driver to 525 or newer (it is 470.57.02), then pip install"),
+        ("3.7", "580.65.06", "has code for sm_37: train on the processor"),
+        (None, "[N/A]", "update the NVIDIA driver to 525 or newer (it is [N/A])"),
+    ],
+)
+def test_the_build_that_fits_the_gpu_and_its_driver_is_named(capability: str | None, driver: str, words: str) -> None:
+    gpu = Accelerator(name="A", memory_bytes=1, capability=capability, driver=driver)
+    assert words in (accelerators.judge(gpu, torch_like(cuda=None)).remedy or "")
 
 
 def test_a_hidden_gpu_is_not_blamed_on_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:

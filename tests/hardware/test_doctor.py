@@ -8,7 +8,7 @@ import pytest
 from delest import storage
 from delest.hardware import doctor, machine
 from delest.records.form import from_json, to_json
-from delest.records.hardware import Accelerator, Check, Diagnosis
+from delest.records.hardware import Accelerator, Check, Diagnosis, Roofline
 
 REQUIRES = ["torch>=2.11", "numpy>=2.0", "Pillow>=11", 'fancy>=3; extra == "fancy"', "numpy>=99; extra == 'newer'"]
 
@@ -41,7 +41,7 @@ def test_this_machine_is_healthy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert {"python", "delest", "torch", "numpy", "onnxruntime", "polars"} <= set(diagnosis.versions)
     assert diagnosis.extras.keys() >= {"keras", "openvino", "dev"}
     assert all(check.remedy for check in diagnosis.checks if not check.ok)
-    assert list(tmp_path.iterdir()) == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     assert from_json(Diagnosis, to_json(diagnosis)) == diagnosis
 
 
@@ -90,6 +90,32 @@ def test_a_cache_folder_that_cannot_be_made_is_essential(tmp_path: Path, monkeyp
     check = doctor._check_cache()
     assert (check.ok, check.essential) == (False, True)
     assert "DELEST_CACHE" in (check.remedy or "")
+
+
+def test_the_cache_is_emptied_and_the_roofline_measured_where_that_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]
+) -> None:
+    monkeypatch.setenv("DELEST_CACHE", str(tmp_path))
+    (storage.cache_folder("packed") / "old.bin").write_bytes(b"x" * 1000)
+    known = Roofline(device="x", flops={}, reused_bytes=1, fresh_bytes=1, cached_bytes=1, overhead_seconds=1)
+    monkeypatch.setattr(doctor, "measure_roofline", lambda: known)
+    installed.update(pillow="11.1", numpy="2.1")
+    plain = doctor.diagnose()
+    assert (plain.roofline, plain.cleared_bytes) == (None, None)
+    done = doctor.diagnose(measure=True, clear_cache=True)
+    assert (done.roofline, done.cleared_bytes) == (known, 1000)
+    assert not any((tmp_path / "packed").iterdir())
+    assert from_json(Diagnosis, to_json(done)) == done
+
+
+def test_an_unusable_cache_is_a_failed_check_and_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("DELEST_CACHE", str(tmp_path / "file" / "cache"))
+    diagnosis = doctor.diagnose(measure=True)
+    assert not diagnosis.usable
+    assert diagnosis.roofline is None
 
 
 def test_little_disk_and_memory_are_told_but_do_not_make_it_unusable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,59 @@ def test_version_1_without_a_limit_has_a_number_above_all_memory(tmp_path: Path)
     assert machine.describe(root=build_root(tmp_path, files)).memory_limit_bytes is None
 
 
+def test_waiting_for_pages_counts_as_a_limit(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "0::/\n",
+        "sys/fs/cgroup/memory.max": f"{8 * GIB}\n",
+        "sys/fs/cgroup/memory.high": f"{3 * GIB}\n",
+        "sys/fs/cgroup/memory.current": f"{GIB}\n",
+    }
+    here = machine.describe(root=build_root(tmp_path, files))
+    assert (here.memory_limit_bytes, here.available_bytes) == (3 * GIB, 2 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("files", "swap_bytes"),
+    [
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/memory.swap.max": "0\n"}, 0),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/memory.swap.max": f"{GIB}\n"}, GIB),
+        ({"proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/memory.swap.max": "max\n"}, 2 * GIB),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{4 * GIB}\n",
+                "sys/fs/cgroup/memory/memory.memsw.limit_in_bytes": f"{5 * GIB}\n",
+            },
+            GIB,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:memory:/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/memory.memsw.limit_in_bytes": "9223372036854771712\n",
+            },
+            2 * GIB,
+        ),
+    ],
+)
+def test_groups_bound_the_swap_space(files: dict[str, str], swap_bytes: int, tmp_path: Path) -> None:
+    assert machine.describe(root=build_root(tmp_path, files)).swap_bytes == swap_bytes
+
+
+def test_caches_are_named_by_level_without_that_of_instructions(tmp_path: Path) -> None:
+    found = [("1", "Data", "48K"), ("1", "Instruction", "32K"), ("2", "Unified", "2048K"), ("3", "Unified", "36M")]
+    files = {
+        f"sys/devices/system/cpu/cpu0/cache/index{number}/{name}": f"{value}\n"
+        for number, cache in enumerate(found)
+        for name, value in zip(("level", "type", "size"), cache, strict=True)
+    }
+    caches = machine.describe(root=build_root(tmp_path / "told", files)).cache_bytes
+    assert caches == {"L1d": 48 << 10, "L2": 2 << 20, "L3": 36 << 20}
+    del files["sys/devices/system/cpu/cpu0/cache/index3/size"]
+    assert machine.describe(root=build_root(tmp_path / "partly", files)).cache_bytes.keys() == {"L1d", "L2"}
+    assert machine.describe(root=build_root(tmp_path / "untold", {})).cache_bytes == {}
+
+
 def test_a_group_over_its_limit_leaves_nothing(tmp_path: Path) -> None:
     files = {
         "proc/self/cgroup": "0::/\n",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from delest import errors
 from delest.hardware import probes
 
 
@@ -39,9 +40,17 @@ def test_another_number_of_threads_is_timed_for_itself(cache: Path) -> None:
 def test_a_damaged_file_is_timed_anew(cache: Path) -> None:
     probes.time_precisions()
     (file,) = cache.iterdir()
-    file.write_text('{"format": 1, "seconds": {"matmul_fp32"')
-    probes.time_precisions()
-    assert set(json.loads(file.read_text())["seconds"]) == set(probes.time_precisions())
+    for damaged in ('{"format": 1, "probed": {"matmul_fp32"', '{"format": 1, "probed": {"matmul_fp32": 1.0}}'):
+        file.write_text(damaged)
+        probes.time_precisions()
+        assert set(json.loads(file.read_text())["probed"]) == set(probes.time_precisions())
+
+
+def test_a_cache_that_cannot_be_used_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("DELEST_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(errors.BadInput, match="Set DELEST_CACHE to a folder that you may write"):
+        probes.time_precisions()
 
 
 def test_a_format_that_is_refused_is_infinite_and_stays_so_in_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,8 +80,12 @@ def test_bf16_gains_only_where_both_kernels_do(
 
 def test_a_hopeless_kernel_is_not_timed_twenty_times() -> None:
     calls = []
-    probes._best_seconds(lambda: calls.append(1), hopeless_seconds=math.inf)
+    probes.best_seconds(lambda: calls.append(1))
     assert len(calls) == 21
     calls.clear()
-    probes._best_seconds(lambda: calls.append(1), hopeless_seconds=-1.0)
+    probes.best_seconds(lambda: calls.append(1), hopeless_seconds=-1.0)
     assert len(calls) == 2
+    calls.clear()
+    hours = iter(range(0, 10**6, 3600))
+    assert probes.best_seconds(lambda: calls.append(1), hopeless_seconds=1.0, clock=lambda: next(hours)) == 3600
+    assert len(calls) == 1

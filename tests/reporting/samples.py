@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from delest.job import Job, Recipe, override
-from delest.records.footprint import Footprint
+from delest.records.footprint import Footprint, ModuleShare, Timeline
 from delest.records.hardware import Hardware
 from delest.records.plan import Choice, Plan, Rejection
 from delest.records.run import Best, Run, Summary
 from delest.records.shrunk import Bound, Candidate, Shrunk
 
-MIB = 2**20
+KIB, MIB = 2**10, 2**20
 HARDWARE = Hardware(
     processor="AMD EPYC 7B13",
     cores=2,
@@ -259,3 +259,128 @@ def houses_metrics() -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+# (name, class, parameter bytes, activation bytes) of the modules of a small residual network that hold no others
+LEAVES = (
+    ("conv1", "Conv2d", 37 * KIB, 24 * MIB),
+    ("bn1", "BatchNorm2d", 1 * KIB, 24 * MIB),
+    *(
+        (f"layer{stage}.{block}.{name}{k}", kind, (148 * KIB if kind == "Conv2d" else 2 * KIB) * 4 ** (stage - 1), size)
+        for stage, size in ((1, 12 * MIB), (2, 6 * MIB), (3, 3 * MIB))
+        for block in (0, 1)
+        for k in (1, 2)
+        for name, kind in (("conv", "Conv2d"), ("bn", "BatchNorm2d"))
+    ),
+    ("head.linear", "Linear", 1 * MIB, 128 * KIB),
+)
+
+
+def resnet(basis: Any = "estimate", scale: float = 1.0, **changes: Any) -> Footprint:
+    """A footprint with all that an estimate or measurement can know, made from `LEAVES`."""
+    parameters = sum(leaf[2] for leaf in LEAVES)
+    line = resnet_timeline(scale)
+    live = {name: sizes[line.peak] for name, sizes in line.categories.items()}
+    breakdown = {**live, "runtime": 296 * MIB}
+    peak = sum(breakdown.values())
+    estimated = basis == "estimate"
+    fields: dict[str, Any] = {
+        "peak_bytes": peak,
+        "runtime_bytes": 296 * MIB,
+        "low_bytes": peak - 12 * MIB if estimated else peak,
+        "high_bytes": peak + 25 * MIB if estimated else peak,
+        "phases": {
+            "saving": 310 * MIB,
+            "start": 296 * MIB + 2 * parameters,
+            "first_step": peak - 2 * parameters,
+            "steady_step": peak,
+            "evaluation": 412 * MIB,
+        },
+        "breakdown": breakdown,
+        "modules": resnet_modules(scale),
+        "timeline": line,
+        "allocated_bytes": peak - 296 * MIB,
+        "step_seconds": 0.31,
+        "waiting_seconds": None if estimated else 0.004,
+        "step_seconds_spread": None if estimated else 0.02,
+        "bound_by": "compute",
+        "flops": 31.4e9,
+        "utilisation": None if estimated else 0.41,
+        "batch_size": 128,
+        "micro_batch": 32,
+        "allocator": "mmap",
+        "basis": basis,
+        "how": "replay" if estimated else "run",
+        "notes": ("The scratch of convolutions was probed on this machine.",) if estimated else (),
+    }
+    return Footprint(**{**fields, **changes})
+
+
+def resnet_modules(scale: float = 1.0) -> tuple[ModuleShare, ...]:
+    """Every module with what is inside it: "head" wraps one layer, a block's sums have a little of its own."""
+    kinds = {"": "ResNet", "head": "Sequential"}
+    for name, *_ in LEAVES:
+        parts = name.split(".")
+        for depth in range(1, len(parts)):
+            kinds.setdefault(".".join(parts[:depth]), "Sequential" if depth == 1 else "Block")
+    kinds |= {name: kind for name, kind, *_ in LEAVES}
+    shares = []
+    for name, kind in kinds.items():
+        inside = [leaf for leaf in LEAVES if name in ("", leaf[0]) or leaf[0].startswith(name + ".")]
+        blocks = [
+            block
+            for block, block_kind in kinds.items()
+            if block_kind == "Block" and (block + ".").startswith(name and name + ".")
+        ]
+        parameters = sum(leaf[2] for leaf in inside)
+        activations = round(scale * (sum(leaf[3] for leaf in inside) + len(blocks) * MIB))
+        shares.append(
+            ModuleShare(
+                name=name,
+                kind=kind,
+                parameter_bytes=parameters,
+                state_bytes=3 * parameters,
+                activation_bytes=activations,
+                peak_bytes=4 * parameters + activations,
+                seconds=activations / MIB * 0.001,
+                flops=1e8 * len(inside),
+            )
+        )
+    return tuple(shares)
+
+
+def resnet_timeline(scale: float = 1.0) -> Timeline:
+    """Two steps through `LEAVES`: activations grow and shrink, gradients come and go, optimizer state comes with the first update."""
+    parameters = sum(leaf[2] for leaf in LEAVES)
+    names = ("parameters", "buffers", "gradients", "optimizer", "activations", "temporaries", "data")
+    sizes: dict[str, list[int]] = {name: [] for name in names}
+    phases: list[str] = []
+    where: list[str] = []
+
+    def point(phase: str, module: str, **live: float) -> None:
+        phases.append(phase)
+        where.append(module)
+        for name in names:
+            sizes[name].append(round({"parameters": parameters, "buffers": 40 * KIB, "data": 2 * MIB, **live}.get(name, 0)))
+
+    for step in (1, 2):
+        state, kept, gradients = (2.0 * parameters if step == 2 else 0.0), 0.0, 0.0
+        for name, _, _, size in LEAVES:
+            kept += scale * size
+            point(f"{step} forward", name, optimizer=state, activations=kept, temporaries=scale * size * 0.4)
+        for name, _, own, size in reversed(LEAVES):
+            gradients += own
+            live = {"optimizer": state, "activations": kept, "temporaries": scale * size * 1.1, "gradients": gradients}
+            point(f"{step} backward", name, **live)
+            kept -= scale * size
+        for k in range(6):
+            state = max(state, 2.0 * parameters * (k + 1) / 6)
+            point(f"{step} update", "", optimizer=state, gradients=parameters, temporaries=parameters / 12)
+    totals = [sum(column) for column in zip(*sizes.values(), strict=True)]
+    return Timeline(
+        position=[k / (len(totals) - 1) for k in range(len(totals))],
+        phase=phases,
+        categories=sizes,
+        peak=totals.index(max(totals)),
+        module=where,
+    )

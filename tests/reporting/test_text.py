@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from delest.records.hardware import Check, Diagnosis
+from delest.records.hardware import Check, Diagnosis, Roofline
 from delest.records.plan import Plan
 from delest.records.shrunk import Bound, Candidate, Shrunk
 from delest.reporting import text, words
@@ -211,6 +211,33 @@ def test_the_diagnosis_counts_failures_and_gives_remedies():
     assert "remedy: free some space" in output
     assert "pip install 'delest[keras]'" in output
     assert first(text.diagnosis_text(replace(diagnosis, checks=(good,)))) == "ready: 1 check passed"
+
+
+def test_the_diagnosis_shows_caches_what_was_measured_and_what_was_cleared():
+    roofline = Roofline(
+        device="cpu",
+        threads=1,
+        flops={"matmul.fp32": 77.4e9, "matmul.bf16": 1.3e12, "depthwise.fp32": 2e9},
+        reused_bytes=17e9,
+        fresh_bytes=950e6,
+        cached_bytes=1e12,
+        overhead_seconds=4e-6,
+        source="micro-probes",
+    )
+    here = replace(samples.HARDWARE, cache_bytes={"L1d": 32 << 10, "L3": 32 << 20}, swap_bytes=2 << 30)
+    diagnosis = Diagnosis(hardware=here, versions={}, extras={}, checks=(), roofline=roofline, cleared_bytes=3 << 20)
+    lines = text.diagnosis_text(diagnosis).splitlines()
+    assert "the cache was emptied: 3 MiB freed" in lines
+    shown = {line.split("  ")[1]: line.split("  ")[-1].strip() for line in lines if line.startswith("  ")}
+    assert shown["caches"] == "L1d 32 KiB, L3 32 MiB"
+    assert shown["swap"] == "2 GiB"
+    assert shown["matmul"] == "fp32 77.4 GFLOP/s, bf16 1.3 TFLOP/s"
+    assert shown["depthwise"] == "fp32 2 GFLOP/s"
+    assert shown["memory"] == "reused 17 GB/s, fresh 950 MB/s, in the cache 1 TB/s"
+    assert shown["small operator"] == "4 µs"
+    assert shown["source"] == "measurement, 1 thread: micro-probes"
+    plain = text.diagnosis_text(replace(diagnosis, hardware=samples.HARDWARE, roofline=None, cleared_bytes=None))
+    assert not any(word in plain for word in ("caches", "swap", "matmul", "emptied"))
 
 
 @pytest.mark.parametrize(

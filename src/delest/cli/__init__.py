@@ -21,7 +21,7 @@ import typer
 from delest import __version__, errors, storage
 from delest.records.form import to_json
 
-COMMANDS = ("run", "inspect", "plan", "train", "shrink", "report", "predict", "doctor")
+COMMANDS = ("run", "inspect", "estimate", "measure", "plan", "train", "shrink", "report", "predict", "doctor")
 _WHEN_TERMINATED = ("Interrupted", "terminated; what was finished before is kept", 128 + signal.SIGTERM)
 _INTERRUPTED = 130  # 128 + SIGINT
 # Newer versions of typer carry click inside, older ones import it; its base classes have no public name in either.
@@ -82,7 +82,7 @@ def _run(given: list[str], as_json: bool) -> tuple[int, str]:
             answer = _command().main(given, prog_name="delest", standalone_mode=False)
         if isinstance(answer, Answer):
             text = json.dumps(to_json(answer.record), indent=2) if as_json else answer.text()
-            return answer.status, text.rstrip("\n") + "\n"
+            return answer.status, text.rstrip("\n") + "\n" if text else ""
         if answer == _INTERRUPTED:  # typer's own answer to Ctrl-C
             raise KeyboardInterrupt
         return 0, ""

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from delest import errors
 from delest.cli import Answer, options
 
 EXAMPLE = "delest doctor --json"
+WISHES: options.Group = {
+    "measure": options.option(bool, "--measure", "measure what this machine reaches, about 6 s the first time", undo=False),
+    "clear_cache": options.option(bool, "--clear-cache", "empty the cache, and say how much that frees", undo=False),
+}
 
 
-@options.with_options()
-def doctor() -> Answer:
+@options.with_options(wishes=WISHES)
+def doctor(wishes: Mapping[str, Any]) -> Answer:
     """Check this machine, and say what to change.
 
     Ends with status 6 where something is missing without which delest cannot work.
@@ -17,6 +24,6 @@ def doctor() -> Answer:
     from delest import verbs
     from delest.reporting import text
 
-    diagnosis = verbs.doctor()
+    diagnosis = verbs.doctor(**wishes)
     status = 0 if diagnosis.usable else errors.CheckFailed.exit_status
     return Answer(diagnosis, lambda: text.diagnosis_text(diagnosis), status)

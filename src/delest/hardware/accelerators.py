@@ -11,9 +11,16 @@ from typing import Any
 from delest.records.hardware import Accelerator
 
 _QUERY = ("nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader,nounits")
-# The least driver of the CUDA version that PyTorch's wheels are built with
-# (https://docs.nvidia.com/cuda/cuda-toolkit-release-notes/, table "CUDA Toolkit and Minimum Required NVIDIA Driver Version").
-_WHEEL, _LEAST_DRIVER = "cu130", 580
+# The least driver for each major version of CUDA, under which PyTorch's wheels of all its minor versions run
+# (https://docs.nvidia.com/cuda/cuda-toolkit-release-notes/, table "CUDA Toolkit and Minimum Required NVIDIA Driver Version
+# for CUDA Minor Version Compatibility").
+_LEAST_DRIVERS = {11: 450, 12: 525, 13: 580}
+# Wheel indexes that have every torch since 2.11, newest first, with the major CUDA version and the compute capabilities
+# that they are built for (https://github.com/pytorch/pytorch/blob/main/.ci/manywheel/build_cuda.sh, TORCH_CUDA_ARCH_LIST).
+_WHEELS = (
+    ("cu130", 13, ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")),
+    ("cu126", 12, ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")),
+)
 
 
 def find_accelerators() -> tuple[Accelerator, ...]:
@@ -31,26 +38,72 @@ def find_accelerators() -> tuple[Accelerator, ...]:
 
 def judge(gpu: Accelerator, torch: Any) -> Accelerator:
     """The GPU with `usable` and, where it is not, what to do, by this build of torch."""
-    release = torch.__version__.split("+")[0]
-    build = f"pip install --force-reinstall torch=={release} --index-url https://download.pytorch.org/whl/{_WHEEL}"
-    driver = int((gpu.driver or "0").split(".")[0] or 0)
-    update = f"update the NVIDIA driver to {_LEAST_DRIVER} or newer (it is {gpu.driver})"
     if torch.version.cuda is None:
-        remedy = (
-            f"torch {torch.__version__} is built without CUDA: {update + ', then ' if driver < _LEAST_DRIVER else ''}{build}"
-        )
-    elif not torch.cuda.is_available():
-        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if hidden is not None and hidden.strip() in ("", "-1"):
-            remedy = f"CUDA_VISIBLE_DEVICES={hidden!r} hides it: unset CUDA_VISIBLE_DEVICES"
-        else:
-            remedy = f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot open it: {update}"
-    elif gpu.capability is not None and not covers(torch.cuda.get_arch_list(), gpu.capability):
-        known = ", ".join(torch.cuda.get_arch_list())
-        remedy = f"torch {torch.__version__} is built for {known}, this GPU is sm_{gpu.capability.replace('.', '')}: {build}"
-    else:
+        return replace(gpu, usable=False, remedy=f"torch {torch.__version__} is built without CUDA: {_reinstall(gpu, torch)}")
+    if not torch.cuda.is_available():
+        return replace(gpu, usable=False, remedy=_why_closed(gpu, torch))
+    built_for = torch.cuda.get_arch_list()
+    if gpu.capability is None or covers(built_for, gpu.capability):
         return replace(gpu, usable=True, remedy=None)
-    return replace(gpu, usable=False, remedy=remedy)
+    remedy = f"torch {torch.__version__} is built for {', '.join(built_for)}, this GPU is {_architecture(gpu)}: "
+    return replace(gpu, usable=False, remedy=remedy + _reinstall(gpu, torch))
+
+
+def _why_closed(gpu: Accelerator, torch: Any) -> str:
+    """What to do where a build with CUDA does not open the GPU: it is hidden, its driver is too old, or something is broken."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and hidden.strip() in ("", "-1"):
+        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides it: unset CUDA_VISIBLE_DEVICES"
+    cannot = f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot open it: "
+    major = int(torch.version.cuda.split(".")[0])
+    least = _LEAST_DRIVERS.get(major, max(_LEAST_DRIVERS.values()))
+    if _driver(gpu) >= least:
+        return (
+            cannot
+            + f"driver {gpu.driver} is new enough, so load its kernel module or restart the machine; `nvidia-smi` says more"
+        )
+    update = f"update the NVIDIA driver to {least} or newer (it is {gpu.driver})"
+    older = _wheel(gpu)
+    return cannot + update + (f", or {_install(older, torch)}" if older is not None and _major(older) < major else "")
+
+
+def _reinstall(gpu: Accelerator, torch: Any) -> str:
+    """The command that brings a build of torch for this GPU and its driver; the driver comes first where none runs on it."""
+    fitting = _wheel(gpu)
+    if fitting is not None:
+        return _install(fitting, torch)
+    suiting = [tag for tag, _, built_for in _WHEELS if gpu.capability is None or covers(built_for, gpu.capability)]
+    if not suiting:
+        return f"no wheel of torch has code for {_architecture(gpu)}: train on the processor"
+    least = _LEAST_DRIVERS[_major(suiting[-1])]
+    return f"update the NVIDIA driver to {least} or newer (it is {gpu.driver}), then {_install(suiting[-1], torch)}"
+
+
+def _wheel(gpu: Accelerator) -> str | None:
+    """The newest wheel index whose builds have code for the GPU and run on its driver."""
+    for tag, major, built_for in _WHEELS:
+        if _driver(gpu) >= _LEAST_DRIVERS[major] and (gpu.capability is None or covers(built_for, gpu.capability)):
+            return tag
+    return None
+
+
+def _install(tag: str, torch: Any) -> str:
+    release = torch.__version__.split("+")[0]
+    return f"pip install --force-reinstall torch=={release} --index-url https://download.pytorch.org/whl/{tag}"
+
+
+def _major(tag: str) -> int:
+    return next(major for name, major, _ in _WHEELS if name == tag)
+
+
+def _driver(gpu: Accelerator) -> int:
+    """The branch of the driver, 580 of 580.65.06; 0 where it is not known."""
+    branch = (gpu.driver or "").split(".")[0]
+    return int(branch) if branch.isdigit() else 0
+
+
+def _architecture(gpu: Accelerator) -> str:
+    return "sm_" + (gpu.capability or "").replace(".", "")
 
 
 def covers(architectures: Sequence[str], capability: str) -> bool:

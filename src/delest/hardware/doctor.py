@@ -12,6 +12,7 @@ from pathlib import Path
 
 from delest import storage
 from delest.hardware import machine
+from delest.hardware.roofline import known_roofline, measure_roofline
 from delest.records.hardware import Check, Diagnosis, Hardware
 from delest.units import format_bytes
 
@@ -33,28 +34,34 @@ for name in sys.argv[1:]:
 """
 
 
-def diagnose() -> Diagnosis:
+def diagnose(*, measure: bool = False, clear_cache: bool = False) -> Diagnosis:
     """Look at versions, packages, memory, disk, folders and GPUs; takes some seconds, since each package is imported once.
 
-    Side effects: a file is written into the cache folder and removed again; packages are imported in another process.
+    With `clear_cache` the cache is emptied first; with `measure` the roofline is measured where it is not known, otherwise
+    it is shown only where it is. Side effects: a file is written into the cache folder and removed again; packages are
+    imported in another process. Raises `BadInput` where a cache is to be emptied that cannot be used.
     """
+    cleared_bytes = storage.clear_cache() if clear_cache else None
     packages = _check_packages()
     torch_loads = all(check.ok or check.name != "torch" for check in packages)
     here = machine.describe(accelerators=torch_loads)  # a torch that kills its process must not be imported here
-    extras = find_extras()
+    cache = _check_cache()
+    able = cache.ok and torch_loads
     return Diagnosis(
         hardware=here,
         versions=find_versions(),
-        extras=extras,
+        extras=find_extras(),
         checks=(
             *packages,
-            _check_cache(),
+            cache,
             *_check_disk(),
             _check_memory(here),
             _check_threads(here),
             *_check_environment(),
             *_check_accelerators(here),
         ),
+        roofline=(measure_roofline() if measure else known_roofline()) if able else None,
+        cleared_bytes=cleared_bytes,
     )
 
 

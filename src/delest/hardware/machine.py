@@ -15,6 +15,7 @@ from pathlib import Path
 from delest.records.hardware import Accelerator, Hardware
 
 ROOT = Path("/")
+_UNLIMITED = 1 << 60  # version 1 writes the largest number of pages, in bytes, where there is no limit
 # Those that decide whether bf16 or int8 arithmetic gains anything; the rest would only make records longer.
 INSTRUCTION_SETS = (
     *("sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
@@ -43,7 +44,8 @@ def describe(*, accelerators: bool = False, root: Path = ROOT) -> Hardware:
         memory_bytes=memory["MemTotal"],
         memory_limit_bytes=min((limit for limit, _ in limits), default=None),
         available_bytes=max(0, min([memory["MemAvailable"], *(limit - used for limit, used in limits)])),
-        swap_bytes=memory["SwapTotal"],
+        swap_bytes=_swap(root, memory["SwapTotal"]),
+        cache_bytes=_caches(root),
         accelerators=found,
     )
 
@@ -91,6 +93,17 @@ def _processor(root: Path) -> tuple[str, tuple[str, ...]]:
     return name, tuple(name for name in INSTRUCTION_SETS if name in flags)
 
 
+def _caches(root: Path) -> dict[str, int]:
+    """Bytes of each cache that the first core sees, instructions' left out, by the names that lscpu gives them; none where
+    the system does not tell (https://docs.kernel.org/admin-guide/abi-testing.html, /sys/devices/system/cpu/cpuX/cache)."""
+    found: dict[str, int] = {}
+    for folder in sorted((root / "sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (_words(folder / name) for name in ("level", "type", "size"))
+        if level and kind and size and kind[0] in ("Data", "Unified") and size[0][:-1].isdigit() and size[0][-1] in "KM":
+            found[f"L{level[0]}{'d' if kind[0] == 'Data' else ''}"] = int(size[0][:-1]) << (10 if size[0][-1] == "K" else 20)
+    return found
+
+
 def _cores(root: Path) -> int:
     """Cores that affinity and the quotas of control groups leave; a quota of 1.5 counts as 1, since a second busy thread
     would be held up every period."""
@@ -107,10 +120,14 @@ def _cores(root: Path) -> int:
 
 
 def _memory_limits(root: Path, total_bytes: int) -> Iterator[tuple[int, int]]:
-    """(limit, used) of each control group above this process that has a limit; file cache that can be dropped is not used."""
+    """(limit, used) of each control group above this process that has a limit; file cache that can be dropped is not used.
+
+    Above `memory.high` nothing is killed, but everything waits for pages to be taken away: it is a limit too.
+    """
     for folder in _groups(root, "memory"):
         for limit_file, used_file, cache in (
             ("memory.max", "memory.current", "inactive_file"),
+            ("memory.high", "memory.current", "inactive_file"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
             limit, used = _words(folder / limit_file), _words(folder / used_file)
@@ -119,6 +136,18 @@ def _memory_limits(root: Path, total_bytes: int) -> Iterator[tuple[int, int]]:
                 pairs = _words(folder / "memory.stat")
                 cached = int(dict(zip(pairs[::2], pairs[1::2], strict=False)).get(cache, 0))
                 yield int(limit[0]), max(0, int(used[0]) - cached)
+
+
+def _swap(root: Path, total_bytes: int) -> int:
+    """The swap space that the control groups leave to this process; version 1 limits memory and swap together."""
+    for folder in _groups(root, "memory"):
+        limit = _words(folder / "memory.swap.max")
+        if limit and limit[0].isdigit():
+            total_bytes = min(total_bytes, int(limit[0]))
+        both, memory = _words(folder / "memory.memsw.limit_in_bytes"), _words(folder / "memory.limit_in_bytes")
+        if both and memory and int(both[0]) < _UNLIMITED:
+            total_bytes = min(total_bytes, max(0, int(both[0]) - int(memory[0])))
+    return total_bytes
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:

@@ -1,20 +1,24 @@
-"""Micro-probes: what a number format costs on this machine, timed once and kept."""
+"""Micro-probes: kernels timed once a machine and kept, among them what a number format costs."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from delest import storage
+from delest import errors, storage
 from delest.hardware import machine
+from delest.records.form import read_object
 
 GAIN = 1.1  # a bf16 kernel must be this many times faster: less is lost again in casts
 _SLOWER = 3.0  # a kernel that is this many times slower than fp32 is not timed again
 _KERNEL_SECONDS = 0.03
+_LONG_SECONDS = 0.1  # a call this long is hardly longer for having built its kernel, which takes some milliseconds
 
 
 def time_precisions() -> dict[str, float]:
@@ -25,18 +29,13 @@ def time_precisions() -> dict[str, float]:
     """
     import torch
 
-    here = machine.describe()
-    key = [here.processor, list(here.instruction_sets), torch.__version__, torch.get_num_threads()]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    path = storage.cache_folder("probes") / f"precisions-{name}.json"
-    try:
-        known = json.loads(path.read_text())
-        return {kernel: math.inf if known["seconds"][kernel] is None else known["seconds"][kernel] for kernel in _KERNELS}
-    except (OSError, ValueError, KeyError, TypeError):
-        seconds = _time_kernels(torch)
-    kept = {kernel: value if math.isfinite(value) else None for kernel, value in seconds.items()}
-    storage.write_json(path, {"machine": key, "seconds": kept})
-    return seconds
+    key = machine_key(torch.get_num_threads())
+    known = kept("precisions", key)
+    if known is not None and known.keys() == set(_KERNELS):
+        return {kernel: math.inf if seconds is None else seconds for kernel, seconds in known.items()}
+    measured = _time_kernels(torch)
+    keep("precisions", key, {kernel: seconds if math.isfinite(seconds) else None for kernel, seconds in measured.items()})
+    return measured
 
 
 def bf16_gains() -> bool:
@@ -45,14 +44,74 @@ def bf16_gains() -> bool:
     return all(seconds[f"{kernel}_fp32"] > GAIN * seconds[f"{kernel}_bf16"] for kernel in ("matmul", "convolution"))
 
 
+def machine_key(threads: int | None, *more: str) -> list[Any]:
+    """What the time of a kernel depends on: processor, instruction sets, torch version, threads; JSON."""
+    here = machine.describe()
+    return [here.processor, list(here.instruction_sets), importlib.metadata.version("torch"), threads, *more]
+
+
+def kept(kind: str, key: list[Any]) -> Any:
+    """What `keep` wrote under a kind and a key, JSON; None where it wrote nothing, or where the file is damaged.
+
+    Raises `BadInput` for a cache folder that cannot be used.
+    """
+    path = _path(kind, key)
+    try:
+        return read_object(path).get("probed")
+    except (errors.BadInput, OSError):
+        return None
+
+
+def keep(kind: str, key: list[Any], probed: Any) -> None:
+    """Write what was probed, a record or a mapping, into the cache. Raises `BadInput` where it cannot be used."""
+    with storage.cache_reported():
+        storage.write_json(_path(kind, key), {"machine": key, "probed": probed})
+
+
+def _path(kind: str, key: list[Any]) -> Path:
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    with storage.cache_reported():
+        return storage.cache_folder("probes") / f"{kind}-{name}.json"
+
+
+def best_seconds(
+    kernel: Callable[[], object],
+    hopeless_seconds: float = math.inf,
+    *,
+    limit_seconds: float = _KERNEL_SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """The fastest of up to 20 calls within `limit_seconds`, after one that is not counted: it builds the kernel.
+
+    A kernel that raises is infinite; one slower than `hopeless_seconds` is not called again.
+    """
+    before = clock()
+    try:
+        kernel()
+    except RuntimeError:
+        return math.inf
+    first = clock() - before
+    if first > max(hopeless_seconds, _LONG_SECONDS):
+        return first
+    best, started = math.inf, clock()
+    for _ in range(20):
+        before = clock()
+        kernel()
+        now = clock()
+        best = min(best, now - before)
+        if best > hopeless_seconds or now - started > limit_seconds:
+            break
+    return best
+
+
 _KERNELS = tuple(f"{kernel}_{precision}" for kernel in ("matmul", "convolution") for precision in ("fp32", "bf16"))
 
 
 def _time_kernels(torch: Any) -> dict[str, float]:
     seconds: dict[str, float] = {}
     for kernel, build in (("matmul", _matmul), ("convolution", _convolution)):
-        plain = seconds[f"{kernel}_fp32"] = _best_seconds(build(torch, torch.float32), math.inf)
-        seconds[f"{kernel}_bf16"] = _best_seconds(build(torch, torch.bfloat16), _SLOWER * plain)
+        plain = seconds[f"{kernel}_fp32"] = best_seconds(build(torch, torch.float32))
+        seconds[f"{kernel}_bf16"] = best_seconds(build(torch, torch.bfloat16), _SLOWER * plain)
     return seconds
 
 
@@ -70,20 +129,3 @@ def _convolution(torch: Any, dtype: Any) -> Callable[[], object]:
         return torch.autograd.grad(output, (images, weight), torch.ones_like(output))
 
     return forward_and_backward
-
-
-def _best_seconds(kernel: Callable[[], object], hopeless_seconds: float) -> float:
-    """The fastest of up to 20 calls within `_KERNEL_SECONDS`, after one that is not counted: it builds the kernel."""
-    try:
-        kernel()
-    except RuntimeError:
-        return math.inf
-    best, started = math.inf, time.perf_counter()
-    for _ in range(20):
-        before = time.perf_counter()
-        kernel()
-        now = time.perf_counter()
-        best = min(best, now - before)
-        if best > hopeless_seconds or now - started > _KERNEL_SECONDS:
-            break
-    return best

@@ -43,6 +43,8 @@ class Roofline:
     fresh_bytes: float  # a second, written, into memory that the system has just given (page faults; equal to reused on a GPU)
     cached_bytes: float  # a second, of operands that fit the last cache
     overhead_seconds: float  # of one small operator, forward, launched from Python
+    kernel_bytes: dict[str, float] = field(default_factory=dict)
+    # a second, read and written, by kernels that are slower than memory: "softmax.fp32", "batch_norm_backward.fp32"
     host_to_device_bytes: float | None = None
     basis: str = "measurement"  # or "datasheet"
     source: str = ""

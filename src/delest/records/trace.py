@@ -56,7 +56,7 @@ class Operators:
     step: list[int]  # 0 before the first step, 1, 2, and 3 in evaluation
     reads: list[tuple[int, ...]]  # numbers of storages
     writes: list[tuple[int, ...]]
-    kind: list[str]  # which rate of a `Roofline` it is held to: matmul, convolution, depthwise, attention, memory, view
+    kind: list[str]  # which rate of a `Roofline` it is held to: matmul, convolution, softmax ..., memory; view: no work
     dtype: list[str]  # that it computes in: fp32, bf16, fp16, fp64, int
     fixed_flops: list[float]  # a multiply-add is 2
     per_sample_flops: list[float]

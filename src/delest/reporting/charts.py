@@ -21,7 +21,7 @@ def memory_chart(run: Run) -> Figure | None:
     if not bars:
         return None
     names = [name for name, _ in bars]
-    unit, power = ("GiB", 2**30) if max(footprint.peak_bytes for _, footprint in bars) >= 2**30 else ("MiB", 2**20)
+    unit, power = marks.byte_unit(max(footprint.peak_bytes for _, footprint in bars))
     peaks = [footprint.peak_bytes / power for _, footprint in bars]
     runtimes = [min(footprint.runtime_bytes, footprint.peak_bytes) / power for _, footprint in bars]
     ends = [max(footprint.peak_bytes, footprint.high_bytes) / power for _, footprint in bars]

@@ -124,6 +124,17 @@ def line(*, x: float, color: str, dash: str = "dash") -> dict[str, Any]:
     }
 
 
+def band(left: float, right: float, color: str) -> dict[str, Any]:
+    """A shaded span over the whole height."""
+    edges = {"x0": left, "x1": right, "yref": "paper", "y0": 0, "y1": 1}
+    return {"type": "rect", **edges, "fillcolor": color, "line": {"width": 0}, "layer": "below"}
+
+
+def byte_unit(highest: float) -> tuple[str, int]:
+    """The unit of an axis of bytes that ends there, and how many bytes it is."""
+    return ("GiB", 2**30) if highest >= 2**30 else ("MiB", 2**20) if highest >= 2**20 else ("KiB", 2**10)
+
+
 def note(x: float, y: float, text: str, **more: Any) -> dict[str, Any]:
     return {"x": x, "y": y, "text": text, "showarrow": False, "font": {"size": 12, "color": "@ink2"}, **more}
 

@@ -12,16 +12,16 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from delest import storage
+from delest.records.footprint import PHASES
 from delest.records.form import to_plain
 from delest.records.hardware import Hardware
 from delest.records.run import Run
 from delest.records.shrunk import Candidate, Shrunk
-from delest.reporting import charts, recipe, words
+from delest.reporting import charts, memory, recipe, words
 from delest.units import format_bytes, format_seconds
 
 TEMPLATES = Path(__file__).parent / "templates"
 MANY = 30  # classes, columns or rows left out that are shown before the rest is counted
-PHASES = ("start", "first_step", "steady_step", "evaluation", "saving", "resuming")
 
 
 def write_report(folder: Path, run: Run, *, metrics: list[dict[str, Any]], shrunk: Shrunk | None, hardware: Hardware) -> Path:
@@ -37,6 +37,43 @@ def write_report(folder: Path, run: Run, *, metrics: list[dict[str, Any]], shrun
 
 def render(run: Run, *, metrics: list[dict[str, Any]], shrunk: Shrunk | None, hardware: Hardware) -> str:
     """The page as text. All that comes from records is escaped."""
+    settings = recipe.settings(run)
+    threads = [("threads", str(run.plan.threads))] if run.plan is not None and run.plan.threads else []
+    return fill(
+        "report.html.j2",
+        _figures(run, metrics, shrunk),
+        run=run,
+        title=f"{run.name}: {words.score_words(run)}",
+        badge=_badge(run),
+        headline=unbroken(_headline(run, shrunk)),
+        lead=unbroken(_lead(run, shrunk)),
+        cards=[_score_card(run), _time_card(run), _memory_card(run), _size_card(run, shrunk)],
+        settings=[
+            ("parameters", words.format_parameters(run.parameters), ""),
+            *(row for row in settings if row[2] != "default"),
+        ],
+        defaults=[row[:2] for row in settings if row[2] == "default"],
+        machine=[*words.machine_facts(hardware), *threads],
+        data=run.data,
+        splits=[(role, words.format_count(count, "row")) for role, count in run.data.splits.items()] if run.data else [],
+        turned_down=[(item.method, item.why) for item in run.plan.rejected] if run.plan else [],
+        many=MANY,
+        memory=_memory_rows(run),
+        places=memory.places(_views(run)),
+        interval=_interval_words(run),
+        curve=_curve_words(run, metrics),
+        shrunk=shrunk,
+        batches=sorted({batch for candidate in shrunk.candidates for batch in candidate.latency_seconds}) if shrunk else [],
+        forms=[_form(shrunk, candidate) for candidate in shrunk.candidates] if shrunk else [],
+        drop_unit=" points" if words.is_share(run.metric) else "",
+        decisions=[_decision(row) for row in run.decisions],
+        usage=recipe.usage(run, shrunk),
+        command=recipe.command(run, shrunk),
+    )
+
+
+def fill(template: str, figures: dict[str, charts.Figure], **values: Any) -> str:
+    """A template with its values, its charts and the code that draws them. All values are escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -53,36 +90,8 @@ def render(run: Run, *, metrics: list[dict[str, Any]], shrunk: Shrunk | None, ha
         "opened": words.opened,
         "scores": words.scores_words,
     }
-    figures = _figures(run, metrics, shrunk)
-    settings = recipe.settings(run)
-    threads = [("threads", str(run.plan.threads))] if run.plan is not None and run.plan.threads else []
-    return environment.get_template("report.html.j2").render(
-        run=run,
-        title=f"{run.name}: {words.score_words(run)}",
-        badge=_badge(run),
-        headline=_unbroken(_headline(run, shrunk)),
-        lead=_unbroken(_lead(run, shrunk)),
-        cards=[_score_card(run), _time_card(run), _memory_card(run), _size_card(run, shrunk)],
-        settings=[
-            ("parameters", words.format_parameters(run.parameters), ""),
-            *(row for row in settings if row[2] != "default"),
-        ],
-        defaults=[row[:2] for row in settings if row[2] == "default"],
-        machine=[*words.machine_facts(hardware), *threads],
-        data=run.data,
-        splits=[(role, words.format_count(count, "row")) for role, count in run.data.splits.items()] if run.data else [],
-        turned_down=[(item.method, item.why) for item in run.plan.rejected] if run.plan else [],
-        many=MANY,
-        memory=_memory_rows(run),
-        interval=_interval_words(run),
-        curve=_curve_words(run, metrics),
-        shrunk=shrunk,
-        batches=sorted({batch for candidate in shrunk.candidates for batch in candidate.latency_seconds}) if shrunk else [],
-        forms=[_form(shrunk, candidate) for candidate in shrunk.candidates] if shrunk else [],
-        drop_unit=" points" if words.is_share(run.metric) else "",
-        decisions=[_decision(row) for row in run.decisions],
-        usage=recipe.usage(run, shrunk),
-        command=recipe.command(run, shrunk),
+    return environment.get_template(template).render(
+        **values,
         figures=figures,
         # "<" cannot end the script element that holds the figures, whatever a user's names contain
         figures_json=Markup(json.dumps(to_plain(figures)).replace("<", "\\u003c")),
@@ -93,12 +102,18 @@ def render(run: Run, *, metrics: list[dict[str, Any]], shrunk: Shrunk | None, ha
 def _figures(run: Run, metrics: list[dict[str, Any]], shrunk: Shrunk | None) -> dict[str, charts.Figure]:
     """Charts by the id of the element that they are drawn in; those without data are left out."""
     found: dict[str, charts.Figure | None] = {"memory": charts.memory_chart(run), "curve": charts.curve_chart(run, metrics)}
+    found |= memory.figures(_views(run))
     if shrunk is not None:
         found["size"] = charts.size_chart(shrunk)
         for batch in sorted({batch for candidate in shrunk.candidates for batch in candidate.latency_seconds}):
             found[f"latency-{batch}"] = charts.latency_chart(shrunk, batch)
         found["drop"] = charts.drop_chart(shrunk)
     return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def _views(run: Run) -> list[memory.View]:
+    """The run's memory as it was predicted and as it was measured, those of the two that are there."""
+    return [(name, footprint) for name, footprint in words.footprints(run)[1:] if footprint is not None]
 
 
 def _badge(run: Run) -> tuple[str, str]:
@@ -140,29 +155,29 @@ def _lead(run: Run, shrunk: Shrunk | None) -> str:
     return " ".join(sentences)
 
 
-def _unbroken(text: str) -> str:
+def unbroken(text: str) -> str:
     """The text with no line break between a number and its unit."""
     return re.sub(r"(?<=\d) ", "\N{NO-BREAK SPACE}", text)
 
 
-def _card(label: str, value: str, *notes: str | None) -> dict[str, Any]:
+def card(label: str, value: str, *notes: str | None) -> dict[str, Any]:
     return {"label": label, "value": value, "notes": [note for note in notes if note]}
 
 
 def _score_card(run: Run) -> dict[str, Any]:
     headline = words.headline_score(run)
     if headline is None:
-        return _card(words.opened(words.metric_words(run.metric)), "–", "nothing evaluated yet")
+        return card(words.opened(words.metric_words(run.metric)), "–", "nothing evaluated yet")
     split, score = headline
     validation = run.validation.get(run.metric)
     beside = f"validation {words.format_metric(run.metric, validation)}" if split == "test" and validation is not None else None
-    return _card(words.opened(f"{split} {words.metric_words(run.metric)}"), words.format_metric(run.metric, score), beside)
+    return card(words.opened(f"{split} {words.metric_words(run.metric)}"), words.format_metric(run.metric, score), beside)
 
 
 def _time_card(run: Run) -> dict[str, Any]:
     seconds = words.training_seconds(run)
     whole = f"{format_seconds(words.whole_seconds(run))} with everything else" if len(run.seconds) > 1 else None
-    return _card(
+    return card(
         "Training time", "–" if seconds is None else format_seconds(seconds), words.format_count(run.epochs, "epoch"), whole
     )
 
@@ -173,16 +188,16 @@ def _memory_card(run: Run) -> dict[str, Any]:
     predicted = (
         f"{format_bytes(plan.predicted.peak_bytes)} predicted" if plan is not None and plan.predicted is not None else None
     )
-    return _card("Peak memory", "–" if run.measured is None else format_bytes(run.measured.peak_bytes), budget, predicted)
+    return card("Peak memory", "–" if run.measured is None else format_bytes(run.measured.peak_bytes), budget, predicted)
 
 
 def _size_card(run: Run, shrunk: Shrunk | None) -> dict[str, Any]:
     after = shrunk and words.shipped(shrunk)
     if not after:
-        return _card("Parameters", words.format_parameters(run.parameters), "not shrunk")
+        return card("Parameters", words.format_parameters(run.parameters), "not shrunk")
     smallest = min(after.latency_seconds, default=None)
     pace = f"{format_seconds(after.latency_seconds[smallest])} at batch {smallest}" if smallest is not None else None
-    return _card(f"{after.name} ships", format_bytes(words.stored_bytes(after)), pace, after.runtime)
+    return card(f"{after.name} ships", format_bytes(words.stored_bytes(after)), pace, after.runtime)
 
 
 def _memory_rows(run: Run) -> list[tuple[str, list[int | None]]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from delest.records.footprint import Footprint
-from delest.records.hardware import Diagnosis
+from delest.records.hardware import Diagnosis, Hardware, Roofline
 from delest.records.plan import Choice, Plan
 from delest.records.run import Run, Summary
 from delest.records.shrunk import Shrunk
@@ -40,6 +40,18 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = (), right: Sequ
     return "\n".join(line.rstrip() for line in lines)
 
 
+def sections(verdict: str, *parts: tuple[str, Any]) -> str:
+    """A verdict and, below it, the parts that have a body, each under its title."""
+    texts = [f"{title}\n{body}" if title else body for title, body in parts if body]
+    return "\n\n".join([verdict, *texts])
+
+
+def bullets(lines: Sequence[str]) -> str:
+    """Sentences as a wrapped list, the first `MANY` of them."""
+    shown = [*lines[:MANY], *([f"and {len(lines) - MANY:,} more"] if len(lines) > MANY else [])]
+    return "\n".join(textwrap.fill(words.clean(line), WIDTH, initial_indent="  - ", subsequent_indent="    ") for line in shown)
+
+
 def summary_text(summary: Summary) -> str:
     """What `inspect` saw: rows, splits, columns, classes, notes."""
     what = {"images": "rows of images", "table": "rows of a table", "arrays": "rows of arrays"}[summary.kind]
@@ -60,13 +72,13 @@ def summary_text(summary: Summary) -> str:
             for name, value in summary.baseline.items()
         ),
     ]
-    return _sections(
+    return sections(
         words.clean(f"usable: {summary.rows:,} {what}{target}{problems}"),
         ("", table(facts)),
         ("columns", _columns(summary)),
         ("classes", _counts(summary.classes)),
-        ("notes", _bullets(summary.notes)),
-        ("left out", _bullets(summary.left_out)),
+        ("notes", bullets(summary.notes)),
+        ("left out", bullets(summary.left_out)),
     )
 
 
@@ -88,7 +100,7 @@ def plan_text(plan: Plan) -> str:
         )
         for choice in plan.choices
     ]
-    return _sections(
+    return sections(
         words.fit_words(plan),
         ("", table(facts)),
         ("methods", choices and table(choices, ("method", "saves", "costs a step", "results", "why"), right=(1, 2))),
@@ -118,7 +130,7 @@ def run_text(run: Run) -> str:
     if run.measured is not None:
         facts.append(("measured peak", _footprint(run.measured)))
     facts.append(("files", str(run.path)))
-    return _sections(words.run_verdict(run), ("", table(facts)))
+    return sections(words.run_verdict(run), ("", table(facts)))
 
 
 def shrunk_text(shrunk: Shrunk) -> str:
@@ -151,7 +163,7 @@ def shrunk_text(shrunk: Shrunk) -> str:
         ("proof", f"95 % paired bound on {rows_used:,} selection rows" if rows_used else ""),
         ("files", str(shrunk.path)),
     ]
-    return _sections(
+    return sections(
         words.shrunk_verdict(shrunk),
         ("", table(rows, header, right=range(1, len(header) - 1))),
         ("", table(reasons) if reasons else ""),
@@ -177,27 +189,53 @@ def diagnosis_text(diagnosis: Diagnosis) -> str:
         (name, "installed" if there else f"not installed (pip install 'delest[{name}]')")
         for name, there in diagnosis.extras.items()
     ]
-    return _sections(
+    machine = [*words.machine_facts(diagnosis.hardware), *_memory_beside(diagnosis.hardware)]
+    cleared = "" if diagnosis.cleared_bytes is None else f"the cache was emptied: {format_bytes(diagnosis.cleared_bytes)} freed"
+    return sections(
         verdict,
+        ("", cleared),
         ("", checks and table(checks)),
-        ("machine", table(words.machine_facts(diagnosis.hardware))),
+        ("machine", table(machine)),
+        ("reached", diagnosis.roofline and table(_roofline_facts(diagnosis.roofline))),
         ("versions", diagnosis.versions and table(list(diagnosis.versions.items()))),
         ("extras", extras and table(extras)),
     )
 
 
-def _sections(verdict: str, *parts: tuple[str, Any]) -> str:
-    texts = [f"{title}\n{body}" if title else body for title, body in parts if body]
-    return "\n\n".join([verdict, *texts])
+def _memory_beside(hardware: Hardware) -> list[tuple[str, str]]:
+    """Caches and swap space, where there are any."""
+    caches = ", ".join(f"{level} {format_bytes(size)}" for level, size in hardware.cache_bytes.items())
+    swap = format_bytes(hardware.swap_bytes) if hardware.swap_bytes else ""
+    return [fact for fact in (("caches", caches), ("swap", swap)) if fact[1]]
+
+
+def _roofline_facts(roofline: Roofline) -> list[tuple[str, str]]:
+    """What kernels and memory reach: a row for each kind, its formats side by side."""
+    rates: dict[str, list[str]] = {}
+    for name, flops in roofline.flops.items():
+        kind, _, precision = name.rpartition(".")
+        rates.setdefault(kind, []).append(f"{precision} {_rate(flops)}FLOP/s")
+    memory = (("reused", roofline.reused_bytes), ("fresh", roofline.fresh_bytes), ("in the cache", roofline.cached_bytes))
+    facts = [(kind, ", ".join(by_format)) for kind, by_format in rates.items()]
+    facts.append(("memory", ", ".join(f"{name} {_rate(speed)}B/s" for name, speed in memory)))
+    if roofline.host_to_device_bytes is not None:
+        facts.append(("host to device", f"{_rate(roofline.host_to_device_bytes)}B/s"))
+    facts.append(("small operator", format_seconds(roofline.overhead_seconds)))
+    threads = "" if roofline.threads is None else f", {words.format_count(roofline.threads, 'thread')}"
+    return [*facts, ("source", f"{roofline.basis}{threads}: {roofline.source}")]
+
+
+def _rate(amount: float) -> str:
+    """An amount a second, three digits, with the letter of its power of a thousand."""
+    for letter in ("", "k", "M", "G"):
+        if amount < 999.5:
+            return f"{amount:.3g} {letter}"
+        amount /= 1000
+    return f"{amount:.3g} T"
 
 
 def _short(cell: str) -> str:
     return cell if len(cell) <= CELL else cell[: CELL - 1] + "…"
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    shown = [*lines[:MANY], *([f"and {len(lines) - MANY:,} more"] if len(lines) > MANY else [])]
-    return "\n".join(textwrap.fill(words.clean(line), WIDTH, initial_indent="  - ", subsequent_indent="    ") for line in shown)
 
 
 def _columns(summary: Summary) -> str:

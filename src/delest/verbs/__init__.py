@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING
 
 from delest.verbs.everything import run
 from delest.verbs.look import doctor, inspect, plan
+from delest.verbs.memory import estimate, measure, measure_script, read_budget, sweep
 from delest.verbs.ship import predict, report, shrink
 from delest.verbs.training import train
 
 if TYPE_CHECKING:
     from delest.training.progress import Progress
 
-__all__ = ["doctor", "inspect", "plan", "predict", "progress", "report", "run", "shrink", "train"]
+__all__ = [
+    *("doctor", "estimate", "inspect", "measure", "measure_script", "plan", "predict", "progress", "report", "run"),
+    *("read_budget", "shrink", "sweep", "train"),
+]
 
 
 def progress(*, quiet: bool = False) -> Progress:

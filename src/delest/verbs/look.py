@@ -41,11 +41,15 @@ def plan(
     return plan_workplace(open_workplace(jobs.load(job), say), memory=memory, device=device, threads=threads, say=say)
 
 
-def doctor() -> Diagnosis:
-    """Versions, processor, memory, GPUs and whether this build of torch can use them, extras, and what to mend."""
+def doctor(*, measure: bool = False, clear_cache: bool = False) -> Diagnosis:
+    """Versions, processor, memory, GPUs and whether this build of torch can use them, extras, and what to mend.
+
+    With `measure` also the roofline, which takes about six seconds the first time; with `clear_cache` the cache is emptied.
+    Raises `BadInput` for a cache folder that cannot be emptied.
+    """
     from delest.hardware.doctor import diagnose
 
-    return diagnose()
+    return diagnose(measure=measure, clear_cache=clear_cache)
 
 
 def plan_workplace(
@@ -57,7 +61,7 @@ def plan_workplace(
     from delest.planning import search
 
     check_batch(place)
-    _check_device(device)
+    check_device(device)
     started = time.monotonic()
     say.stage("plan: trying the job on two rows and probing a few steps in a process of its own")
     here = machine.describe()
@@ -81,7 +85,7 @@ def plan_workplace(
     return chosen
 
 
-def _check_device(device: str | None) -> None:
+def check_device(device: str | None) -> None:
     """Raise `BadInput` for a device that is unknown or that this build of torch cannot use, with the remedy."""
     if device in (None, "auto", "cpu"):
         return

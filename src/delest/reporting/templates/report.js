@@ -1,11 +1,12 @@
 (() => {
   const figures = JSON.parse(document.getElementById("figures").textContent);
-  const palette = ["ink", "ink2", "ink3", "line", "surface", "accent", "quiet", "good", "warn", "wash"];
+  const palette = ["page", "ink", "ink2", "ink3", "line", "surface", "accent", "quiet", "good", "warn", "wash",
+    "parameters", "buffers", "gradients", "optimizer", "activations", "temporaries", "data"];
 
   function paint(value, colors) {
     if (Array.isArray(value)) return value.map(item => paint(item, colors));
     if (value === null || typeof value !== "object") return value;
-    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, key.endsWith("color") ? named(item, colors) : paint(item, colors)]));
+    return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, /colors?$/.test(key) ? named(item, colors) : paint(item, colors)]));
   }
 
   function named(color, colors) {

@@ -1,0 +1,223 @@
+"""A training loop traced on fake tensors: two steps and an evaluation, at two sizes of the micro-batch."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from delest import errors
+from delest.backends.torch import kernels
+from delest.backends.torch.building import all_fake, fake_when_registered
+from delest.backends.torch.loops import Loop, needs_values, tensors_of
+from delest.backends.torch.model import where
+from delest.backends.torch.recorder import Recorder
+from delest.records.trace import Operators, Storages, Trace
+
+Scratch = Callable[[Iterable[str]], dict[str, dict[str, Any]]]  # what calls take, by signature
+Build = Callable[[Any], Loop]  # gets the fake mode, None where tensors are real
+SCRATCH_ROWS = (2, 4)  # at which kernels are run alone; what they take grows in proportion beyond
+
+
+class NeedsProbe(Exception):
+    """The model reads values of tensors, which fake ones do not have."""
+
+
+def trace_loop(build: Build, rows: int, *, scratch: Scratch, real: bool = False) -> Trace:
+    """Trace the loop that `build` gives, with `rows` rows and with few; nothing is allocated unless `real`.
+
+    `scratch` says what kernels take for themselves, which no fake tensor shows: this machine's are run, another device's follow
+    rules.
+
+    Raises `NeedsProbe` where the model branches on data, `BadInput` where it cannot be built or run.
+    """
+    sizes = (2, rows) if rows > 2 else (rows, rows + 1) if rows > 1 else (1, 2)
+    recorders, how, loop = [], "", None
+    for size in sizes:
+        recorder, how, loop = _record(build, size, real)
+        recorders.append(recorder)
+    assert loop is not None
+    return _merge(recorders[0], recorders[1], sizes, loop, how, scratch)
+
+
+def _record(build: Build, rows: int, real: bool) -> tuple[Recorder, str, Loop]:
+    if real:
+        loop = build(None)
+        return _run(loop, rows), "real tensors", loop
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    failed: BaseException | None = None
+    for how, building in (("fake tensors", all_fake), ("real tensors, each made fake when a module took it", fake_when_registered)):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        try:
+            with building(mode):
+                loop = build(mode)
+        except errors.DelestError:
+            raise
+        except Exception as error:
+            if not needs_values(error):
+                raise errors.BadInput(f"building the model failed: {where(error)}") from error
+            failed = error
+            continue
+        try:
+            with mode:
+                return _run(loop, rows), how, loop
+        except errors.DelestError:
+            raise
+        except Exception as error:
+            if needs_values(error):
+                raise NeedsProbe(where(error)) from error
+            raise errors.BadInput(f"a training step failed on {_words(loop, rows, mode)}: {where(error)}") from error
+    raise NeedsProbe(where(failed) if failed else "")
+
+
+def _run(loop: Loop, rows: int) -> Recorder:
+    batch = loop.batch(rows)
+    recorder = Recorder(loop.model)
+    with recorder:
+        recorder.register_model(loop.model)
+        for optimizer in loop.optimizers:
+            recorder.register_optimizer(optimizer, loop.model)
+        recorder.register(tensors_of(batch), "data")
+        for step in (1, 2):
+            recorder.begin(step, "forward")
+            loop.step(batch, recorder)
+            for optimizer in loop.optimizers:
+                recorder.register_optimizer(optimizer, loop.model)
+        gc.collect()
+        recorder.begin(3, "evaluation")
+        loop.evaluate(batch)
+    return recorder
+
+
+def _words(loop: Loop, rows: int, mode: Any) -> str:
+    with contextlib.suppress(Exception), mode:
+        return " and ".join(f"{tuple(tensor.shape)} {str(tensor.dtype)[6:]}" for tensor in tensors_of(loop.batch(rows)))
+    return f"{rows} rows"
+
+
+# Two recordings into one trace
+
+
+def _merge(
+    small: Recorder, large: Recorder, sizes: tuple[int, int], loop: Loop, how: str, scratch_of: Scratch
+) -> Trace:
+    """Figures as a fixed part and a part for each row; where the two recordings do not tell the same story, those of
+    the larger one with the whole of what is no weight in proportion to the rows."""
+    notes: list[str] = []
+    alike = [row[0] for row in small.rows] == [row[0] for row in large.rows] and small.born == large.born
+    if not alike:
+        notes.append(f"the steps differ with the number of rows: figures are those of {sizes[1]} rows in proportion")
+    signatures = _signatures(small, large, sizes, alike)
+    found = scratch_of(text for pair in signatures for text in pair if text)
+    unseen = sum(1 for pair in signatures if pair[0] and pair[0] not in found)
+    if unseen:
+        notes.append(f"{unseen} calls of kernels could not be run alone: their own scratch memory is not counted")
+    scratch = [_line([_bytes_of(found, text) for text in pair], SCRATCH_ROWS) for pair in signatures]
+    fixed, each = _storage_lines(small, large, sizes, alike)
+    _correct_outputs(large, signatures, found, fixed, each)
+    flops = _cost_lines(small, large, sizes, alike, 2)
+    moved = _cost_lines(small, large, sizes, alike, 3)
+    count, rows = len(large.rows), large.rows
+    return Trace(
+        storages=Storages(
+            born=large.born,
+            dies=[min(position, count) for position in large.dies],
+            fixed_bytes=fixed,
+            per_sample_bytes=each,
+            category=large.category,
+            module=large.storage_module,
+        ),
+        operators=Operators(
+            name=[row[0] for row in rows],
+            module=[row[1] for row in rows],
+            phase=[row[2] for row in rows],
+            step=[row[3] for row in rows],
+            reads=[row[4] for row in rows],
+            writes=[row[5] for row in rows],
+            kind=[row[6].kind for row in rows],
+            dtype=[row[6].dtype for row in rows],
+            fixed_flops=[line[0] for line in flops],
+            per_sample_flops=[line[1] for line in flops],
+            fixed_moved_bytes=[line[0] for line in moved],
+            per_sample_moved_bytes=[line[1] for line in moved],
+            fixed_scratch_bytes=[line[0] for line in scratch],
+            per_sample_scratch_bytes=[line[1] for line in scratch],
+            signature=[pair[0] or "" for pair in signatures],
+        ),
+        rows=sizes,
+        how=how,
+        optimizer="+".join(type(optimizer).__name__ for optimizer in loop.optimizers),
+        state_bytes=sum(large.bytes[i] for i, kind in enumerate(large.category) if kind in ("parameters", "buffers", "optimizer")),
+        modules={name: type(module).__name__ for name, module in loop.model.named_modules()},
+        notes=tuple(notes),
+    )
+
+
+def _line(values: list[float], sizes: tuple[int, int]) -> tuple[float, float]:
+    """Fixed part and part for each row of a straight line through two points."""
+    each = (values[1] - values[0]) / (sizes[1] - sizes[0])
+    return values[0] - each * sizes[0], each
+
+
+def _storage_lines(small: Recorder, large: Recorder, sizes: tuple[int, int], alike: bool) -> tuple[list[float], list[float]]:
+    if alike:
+        lines = [_line([a, b], sizes) for a, b in zip(small.bytes, large.bytes, strict=True)]
+    else:
+        fixed = ("parameters", "buffers", "optimizer", "gradients")
+        lines = [
+            (size, 0.0) if kind in fixed else (0.0, size / sizes[1])
+            for size, kind in zip(large.bytes, large.category, strict=True)
+        ]
+    return [line[0] for line in lines], [line[1] for line in lines]
+
+
+def _cost_lines(small: Recorder, large: Recorder, sizes: tuple[int, int], alike: bool, column: int) -> list[tuple[float, float]]:
+    if alike:
+        return [_line([a[6][column], b[6][column]], sizes) for a, b in zip(small.rows, large.rows, strict=True)]
+    return [(row[6][column], 0.0) if row[2] == "update" else (0.0, row[6][column] / sizes[1]) for row in large.rows]
+
+
+def _signatures(small: Recorder, large: Recorder, sizes: tuple[int, int], alike: bool) -> list[tuple[str | None, str | None]]:
+    """For each operator the calls at the two sizes at which kernels are run alone."""
+    if not alike:
+        return [(row[7], row[7]) for row in large.rows]
+    known: dict[tuple[str, str], tuple[str | None, str | None]] = {}
+    found = []
+    for a, b in zip(small.rows, large.rows, strict=True):
+        pair = a[7], b[7]
+        if pair not in known:
+            known[pair] = (
+                tuple(kernels.between(*pair, sizes, rows) for rows in SCRATCH_ROWS)  # type: ignore[assignment]
+                if all(pair)
+                else (None, None)
+            )
+        found.append(known[pair])
+    return found
+
+
+def _bytes_of(found: dict[str, dict[str, Any]], text: str | None) -> float:
+    return found[text]["scratch"] if text in found else 0.0
+
+
+def _correct_outputs(
+    large: Recorder,
+    signatures: list[tuple[str | None, str | None]],
+    found: dict[str, dict[str, Any]],
+    fixed: list[float],
+    each: list[float],
+) -> None:
+    """Outputs that have no size under fake tensors (workspaces of recurrent layers) get that of the probe."""
+    for row, pair in zip(large.rows, signatures, strict=True):
+        known = [found.get(text or "") for text in pair]
+        if known[0] is None or known[1] is None:
+            continue
+        empty = [number for number in row[5] if large.bytes[number] == 0]
+        if not empty:
+            continue
+        ends = [known[0]["outputs"], known[1]["outputs"]]
+        if len(ends[0]) == len(ends[1]) == len(row[5]):
+            for number, pair_of_bytes in zip(row[5], zip(*ends, strict=True), strict=True):
+                if number in empty:
+                    fixed[number], each[number] = _line(list(pair_of_bytes), SCRATCH_ROWS)

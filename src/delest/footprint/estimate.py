@@ -1,0 +1,165 @@
+"""Memory and time of training before anything runs: traced on fake tensors, replayed through an allocator, held to rates."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from delest import errors
+from delest.backends.torch.as_cuda import as_cuda
+from delest.backends.torch.loops import Loop
+from delest.backends.torch.trace import NeedsProbe, trace_loop
+from delest.footprint import cuda
+from delest.footprint.replay import replay
+from delest.footprint.runtime import runtime_bytes
+from delest.footprint.scratch import scratch
+from delest.footprint.time import step_time
+from delest.hardware.catalogue import find_device, roofline_of
+from delest.hardware.roofline import measure_roofline
+from delest.records.footprint import Footprint
+from delest.records.hardware import Device, Roofline
+from delest.records.trace import Trace
+
+ALLOCATORS = ("glibc", "mmap", "exact", "cuda")
+# Processors and GPUs on which a committed result of benchmarks/footprint.py backs estimates of memory.
+VALIDATED_ON: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where the training is thought to run."""
+
+    name: str  # "cpu", or the catalogue's
+    allocator: str
+    threads: int
+    device: Device | None = None  # of the catalogue; None: this machine's processor
+
+    @property
+    def implementation(self) -> dict[str, bool]:
+        """How optimizers that are only named work through their parameters."""
+        return {} if self.device is None else cuda.DEFAULT_IMPLEMENTATION
+
+    def roofline(self) -> Roofline:
+        return measure_roofline(self.threads) if self.device is None else roofline_of(self.device)
+
+    def runtime_bytes(self) -> int:
+        if self.device is None:
+            return runtime_bytes(self.threads)
+        return cuda.context_bytes(self.device.capability) + cuda.workspace_bytes(self.device.capability)
+
+
+def choose_target(device: str | None, allocator: str | None, threads: int | None) -> Target:
+    """The target of a device's name and an allocator. Raises `BadInput` for unknown ones, naming the nearest."""
+    faults: list[str] = []
+    found: Device | None = None
+    if device not in (None, "auto", "cpu"):
+        try:
+            found = find_device(str(device))
+        except errors.BadInput as error:
+            faults += error.faults
+    if allocator is not None and allocator not in ALLOCATORS:
+        faults.append(f"unknown allocator {allocator!r}: use {', '.join(ALLOCATORS)}.")
+    elif allocator in ("glibc", "mmap") and found is not None:
+        faults.append(f"the allocator {allocator} is a processor's; {found.name} is a GPU: leave it out, or use exact.")
+    elif allocator == "cuda" and found is None and not faults:
+        faults.append("the allocator cuda is a GPU's: name one with --device.")
+    if faults:
+        raise errors.BadInput(faults)
+    chosen = allocator or ("glibc" if found is None else "cuda")
+    return Target(
+        name="cpu" if found is None else found.name, allocator=chosen, threads=threads or torch.get_num_threads(), device=found
+    )
+
+
+def estimate_loop(
+    build: Callable[[Any], Loop],
+    sizes: Sequence[tuple[int, int]],
+    target: Target,
+    *,
+    evaluation_rows: int | None = None,
+    precision: str = "fp32",
+    watched: Callable[[], Trace],
+    isolated: bool = True,
+) -> list[Footprint]:
+    """One footprint for each (batch, micro-batch) of `sizes`, all from two traces.
+
+    `build` gives the loop for a fake mode. `watched` gives a trace of real steps on few rows, for a model that branches on data;
+    `isolated` says whether it does so in another process.
+    Raises `BadInput` where the model cannot be built or does not take its inputs.
+    """
+    with _threads(target.threads):
+        trace, how = _trace(build, max(rows for _, rows in sizes), target, watched)
+        isolated = isolated or how == "trace"
+        trace = replace(trace, precision=precision)
+        roofline, runtime = target.roofline(), target.runtime_bytes()
+        return [
+            replace(_footprint(trace, target, roofline, runtime, batch, rows, evaluation_rows), how=how, isolated=isolated)
+            for batch, rows in sizes
+        ]
+
+
+def _trace(
+    build: Callable[[Any], Loop], rows: int, target: Target, watched: Callable[[], Trace]
+) -> tuple[Trace, Literal["trace", "probe"]]:
+    try:
+        if target.device is None:
+            return trace_loop(build, rows, scratch=scratch), "trace"
+        with as_cuda(target.device.capability):
+            return trace_loop(build, rows, scratch=cuda.scratch), "trace"
+    except NeedsProbe as error:
+        why = f"the model reads values of tensors ({error}): real steps on few rows were watched instead of a trace"
+        trace = watched()
+        return replace(trace, notes=(*trace.notes, why)), "probe"
+
+
+def _footprint(
+    trace: Trace,
+    target: Target,
+    roofline: Roofline,
+    runtime: int,
+    batch: int,
+    rows: int,
+    evaluation_rows: int | None,
+) -> Footprint:
+    allocator = target.allocator
+    found = replay(
+        trace,
+        rows=rows,
+        allocator=allocator,
+        runtime_bytes=0 if allocator == "exact" else runtime,
+        batch_size=batch,
+        evaluation_rows=evaluation_rows or rows,
+        device=target.name,
+    )
+    predicted = step_time(trace, roofline, rows=rows, parts=-(-batch // rows), allocator=allocator)
+    seconds = {name: predicted.modules.get(name) for name in trace.modules}
+    modules = tuple(
+        replace(share, seconds=seconds.get(share.name), flops=predicted.module_flops.get(share.name)) for share in found.modules
+    )
+    validated = tuple(name for name in VALIDATED_ON if name == roofline.device)
+    return replace(
+        found,
+        modules=modules,
+        step_seconds=predicted.seconds,
+        bound_by=predicted.bound_by,
+        flops=predicted.flops,
+        utilisation=predicted.utilisation,
+        validated_on=validated,
+        notes=(*found.notes, *trace.notes),
+    )
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """So many threads while kernels are looked up and probed: what they take depends on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+

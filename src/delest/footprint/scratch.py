@@ -1,0 +1,56 @@
+"""What kernels take for themselves, call by call: each is run once on this machine, in a child process, and kept.
+
+Kept in the user's cache by machine, instruction sets, torch version and threads, on all of which it depends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from delest import errors, processes, storage
+from delest.backends.torch import kernels
+from delest.hardware import probes
+
+LARGEST_PROBE_BYTES = 512 << 20  # operands of one call; larger ones are not run
+
+
+def scratch(signatures: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What each call takes: `scratch` bytes beyond its outputs, bytes of each of its `outputs`.
+
+    Calls that are too large or cannot be run alone are left out.
+    """
+    wanted = [text for text in dict.fromkeys(signatures) if text]
+    key = probes.machine_key(torch.get_num_threads())
+    known = _kept(key)
+    missing = [text for text in wanted if text not in known and kernels.operand_bytes(text) <= LARGEST_PROBE_BYTES]
+    if missing:
+        known = {**_kept(key), **_run_apart(missing)}
+        probes.keep("kernels", key, known)
+    return {text: known[text] for text in wanted if known.get(text)}
+
+
+def _kept(key: list[Any]) -> dict[str, Any]:
+    kept = probes.kept("kernels", key)
+    return kept if isinstance(kept, dict) else {}
+
+
+def _run_apart(signatures: list[str]) -> dict[str, Any]:
+    """Run calls in child processes. One that kills its process has no figure; the next child goes on behind it."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="delest-") as folder:
+        path = Path(folder, "kernels.jsonl")
+        while len(found) < len(signatures):
+            left = [text for text in signatures if text not in found]
+            with contextlib.suppress(errors.ProbeFailed):
+                asked: dict[str, Any] = {"signatures": left, "threads": torch.get_num_threads(), "path": str(path)}
+                processes.call("delest.backends.torch.kernels:probe", None, **asked)
+            found.update({row["call"]: row["took"] for row in storage.read_lines(path)})
+            if len(found) < len(signatures):
+                found[next(text for text in signatures if text not in found)] = None
+    return found

@@ -1,0 +1,311 @@
+"""Memory and time of training: estimated before anything runs, or measured in real steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from delest import errors, job as jobs, processes
+from delest.verbs.look import check_device
+from delest.verbs.workplace import Workplace, check_batch, open_workplace, preprocessing_json
+
+if TYPE_CHECKING:
+    from delest.records.footprint import Footprint
+    from delest.records.latency import Latency
+    from delest.records.plan import Choice
+    from delest.records.script import ScriptMeasurement
+    from delest.training.progress import Progress
+
+MODEL = "model.onnx"
+
+
+def estimate(
+    job_or_module: Any,
+    inputs: Any = None,
+    *,
+    targets: Any = None,
+    batch_size: int | None = None,
+    micro_batch: int | None = None,
+    sequence_length: int | None = None,
+    loss: Callable[..., Any] | None = None,
+    optimizer: Any = None,
+    precision: str | None = None,
+    device: str | None = None,
+    allocator: str | None = None,
+    threads: int | None = None,
+    say: Progress | None = None,
+) -> Footprint:
+    """Peak memory and step time of training, before anything runs and without allocating the weights.
+
+    A job, or a file with one, is traced as `train` would run it. For any `torch.nn.Module` (or a factory of one, which is
+    then never allocated) give `inputs`: a tensor, a tuple for `module(*inputs)` or a mapping for `module(**inputs)`, the
+    batch first; `targets` and `loss(outputs, targets)`, or nothing where the module returns its `loss`; an `optimizer`: a
+    name, a factory of parameters, or an instance to be like. `precision` is fp32, bf16, fp16 (autocast) or bf16-true.
+
+    `batch_size` (default: the job's, or that of the inputs) is done in parts of `micro_batch` rows. `device` is cpu or a name of
+    the catalogue, such as a100-80. `allocator` is glibc (default on cpu), mmap (a fixed mmap threshold), exact (live tensors
+    alone) or cuda.
+
+    Raises `BadInput` for a model that cannot be built or does not take its inputs, an unknown device, a batch below 1.
+    """
+    sizes = None if batch_size is None else (batch_size,)
+    return sweep(
+        job_or_module,
+        inputs,
+        targets=targets,
+        batch_sizes=sizes,
+        micro_batch=micro_batch,
+        sequence_length=sequence_length,
+        loss=loss,
+        optimizer=optimizer,
+        precision=precision,
+        device=device,
+        allocator=allocator,
+        threads=threads,
+        say=say,
+    )[0]
+
+
+def sweep(
+    job_or_module: Any,
+    inputs: Any = None,
+    *,
+    batch_sizes: Sequence[int] | None = None,
+    micro_batch: int | None = None,
+    device: str | None = None,
+    allocator: str | None = None,
+    threads: int | None = None,
+    say: Progress | None = None,
+    **wishes: Any,
+) -> tuple[Footprint, ...]:
+    """`estimate` for several batch sizes (default: the job's own) from the same two traces; the other arguments are its."""
+    from delest.training.progress import Progress
+
+    say = say or Progress()
+    given = [*(batch_sizes or ()), *([] if micro_batch is None else [micro_batch])]
+    faults = [f"a batch of {rows!r} rows cannot be trained on: give 1 or more." for rows in given if not _counts(rows)]
+    length = wishes.get("sequence_length")
+    if length is not None and not _counts(length):
+        faults.append(f"a sequence of {length!r} tokens is no sequence: give 1 or more.")
+    if faults:
+        raise errors.BadInput(faults)
+    if inputs is None:
+        return _sweep_job(job_or_module, batch_sizes, micro_batch, device, allocator, threads, say, wishes)
+    return _sweep_module(job_or_module, inputs, batch_sizes, micro_batch, device, allocator, threads, say, wishes)
+
+
+def measure(
+    job_or_bundle: Any,
+    *,
+    steps: int = 5,
+    threads: int | None = None,
+    device: str | None = None,
+    rows: Sequence[int] = (1, 32),
+    timeline: bool = True,
+    say: Progress | None = None,
+) -> Footprint | Latency:
+    """Run real training steps of a job in a fresh process, or time a bundle (a folder with an exported model) on `rows`.
+
+    Raises `BadInput` where there is neither, or with every fault of the job; `OutOfMemory` where its steps do not fit.
+    """
+    from delest.hardware import machine
+    from delest.records.footprint import Footprint
+    from delest.records.form import from_json
+    from delest.training.progress import Progress
+
+    say = say or Progress()
+    folder = _bundle(job_or_bundle)
+    if folder is not None:
+        from delest.footprint.latency import measure_bundle
+
+        say.stage(f"measure: answers of {folder} in a process of its own")
+        return measure_bundle(folder, rows=rows, threads=threads)
+    check_device(device)
+    if not _counts(steps):
+        raise errors.BadInput(f"{steps!r} steps cannot be measured: give 1 or more.")
+    place = open_workplace(jobs.load(job_or_bundle), say)
+    check_batch(place)
+    say.stage(f"measure: {steps} real steps in a process of its own")
+    index = place.splits["train"][: place.job.batch_size * (steps + 3)]
+    found = processes.call(
+        "delest.footprint.measurement:measure_job",
+        place.job,
+        timeout=3600.0,
+        preprocessing=preprocessing_json(place),
+        index=[int(row) for row in index],
+        threads=threads or machine.describe().cores,
+        device=device or "auto",
+        steps=steps,
+        timeline=timeline,
+    )
+    return from_json(Footprint, found)
+
+
+def measure_script(command: Sequence[str], *, timeline: bool = False) -> ScriptMeasurement:
+    """Run a training script that knows nothing of delest, and say what it took and what would help most.
+
+    Standard streams, signals and the exit status are the script's own. Raises `BadInput` for a command that cannot be run.
+    """
+    from delest.footprint.script import measure_script as measured
+
+    return measured(command, timeline=timeline)
+
+
+def read_budget(text: str | int | None, device: str | None = None) -> int | None:
+    """Bytes of a budget; a percentage is of what the device has: this machine's limit, or the catalogue's figure.
+
+    Raises `BadInput` for a size that is none, and for an unknown device.
+    """
+    from delest.units import read_size
+
+    if text is None or "%" not in str(text):
+        return None if text is None else read_size(text, whole_bytes=0)
+    from delest.hardware import catalogue, machine
+
+    if device not in (None, "auto", "cpu"):
+        return read_size(text, catalogue.find_device(str(device)).memory_bytes)
+    here = machine.describe()
+    return read_size(text, here.memory_limit_bytes or here.memory_bytes)
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _bundle(given: Any) -> Path | None:
+    """The folder with the exported model that a path names: a bundle, or a run's."""
+    if not isinstance(given, (str, Path)):
+        return None
+    return next((folder for folder in (Path(given), Path(given, "bundle")) if (folder / MODEL).is_file()), None)
+
+
+# What is estimated
+
+
+def _sweep_job(
+    job: Any,
+    batch_sizes: Sequence[int] | None,
+    micro_batch: int | None,
+    device: str | None,
+    allocator: str | None,
+    threads: int | None,
+    say: Progress,
+    wishes: Mapping[str, Any],
+) -> tuple[Footprint, ...]:
+    from delest.hardware import machine
+
+    loaded = _as_wished(job, wishes)
+    used = threads or machine.describe().cores
+    if batch_sizes:
+        loaded = replace(loaded, batch_size=max(batch_sizes), set_by={**loaded.set_by, "batch_size": "argument"})
+    place = open_workplace(loaded, say)
+    from delest.backends.torch.loops import JobLoop
+    from delest.footprint.estimate import choose_target, estimate_loop
+    from delest.records.plan import Plan
+
+    target = choose_target(device, allocator, used)
+    batches = tuple(batch_sizes or (place.job.batch_size,))
+    say.stage(f"estimate: tracing two steps of {max(batches)} rows without running them")
+    plan = Plan(batch_size=max(batches), micro_batch=max(batches), choices=_asked(place.job), threads=used)
+    example = _example(place, wishes.get("sequence_length"))
+    sizes = [(batch, min(batch, micro_batch or batch)) for batch in batches]
+    found = estimate_loop(
+        lambda mode: JobLoop(place.job, plan, place.source.schema, example),
+        sizes,
+        target,
+        evaluation_rows=micro_batch or max(max(batches), 256),
+        precision="bf16" if place.job.recipe.precision == "bf16" else "fp32",
+        watched=lambda: _watch(place, used, wishes.get("sequence_length")),
+    )
+    return tuple(found)
+
+
+def _as_wished(job: Any, wishes: Mapping[str, Any]) -> jobs.Job:
+    """The job with an optimizer and a precision that were asked for over its own."""
+    if hasattr(job, "parameters") and not isinstance(job, jobs.Job):
+        raise errors.BadInput("inputs are missing: a module is estimated on what it receives, as in estimate(module, inputs).")
+    stray = [name for name in ("loss", "targets") if wishes.get(name) is not None]
+    if stray:
+        raise errors.BadInput(f"{' and '.join(stray)}: a job has its own; they go with a module and its inputs.")
+    changes = {f"recipe.{name}": wishes[name] for name in ("optimizer", "precision") if wishes.get(name) is not None}
+    return jobs.override(jobs.load(job), changes)
+
+
+def _asked(job: jobs.Job) -> tuple[Choice, ...]:
+    """The methods that the recipe names; those that only a probe can decide on are left out."""
+    from delest.records.plan import Choice
+
+    asked: list[tuple[str, dict[str, Any]]] = []
+    if job.recipe.memory_format == "channels_last":
+        asked.append(("memory_format", {"format": "channels_last"}))
+    if job.recipe.precision == "bf16":
+        asked.append(("precision", {"dtype": "bf16"}))
+    return tuple(Choice(method=name, config=config, keeps="changed", why="the recipe asks for it") for name, config in asked)
+
+
+def _example(place: Workplace, length: int | None) -> Any:
+    from delest.backends.torch.loops import with_length
+
+    batch = next(iter(place.feed("train", place.splits["train"][:2]).ordered()))
+    return batch if length is None else replace(batch, inputs=with_length(batch.inputs, length))
+
+
+def _watch(place: Workplace, threads: int, length: int | None) -> Any:
+    """The trace of real steps on few rows, from a child process: for a model that reads values of tensors."""
+    from delest.records.form import from_json
+    from delest.records.trace import Trace
+
+    found = processes.call(
+        "delest.footprint.watched:trace_job",
+        place.job,
+        preprocessing=preprocessing_json(place),
+        index=[int(row) for row in place.splits["train"][:2]],
+        threads=threads,
+        length=length,
+    )
+    return from_json(Trace, found)
+
+
+def _sweep_module(
+    module: Any,
+    inputs: Any,
+    batch_sizes: Sequence[int] | None,
+    micro_batch: int | None,
+    device: str | None,
+    allocator: str | None,
+    threads: int | None,
+    say: Progress,
+    wishes: Mapping[str, Any],
+) -> tuple[Footprint, ...]:
+    from delest.backends.torch.loops import PRECISIONS, ModuleLoop, Program, with_length
+    from delest.footprint.estimate import choose_target, estimate_loop
+    from delest.footprint.watched import watch_loop
+
+    precision = wishes.get("precision") or "fp32"
+    if precision not in PRECISIONS:
+        raise errors.BadInput(jobs.unknown("precision", precision, PRECISIONS))
+    target = choose_target(device, allocator, threads)
+    length = wishes.get("sequence_length")
+    program = Program(
+        model=module,
+        inputs=inputs if length is None else with_length(inputs, length),
+        targets=wishes.get("targets"),
+        loss=wishes.get("loss"),
+        optimizer=wishes.get("optimizer"),
+        precision=precision,
+        implementation=target.implementation,
+    )
+    batches = tuple(batch_sizes or (program.rows,))
+    say.stage(f"estimate: tracing two steps of {max(batches)} rows without running them")
+    sizes = [(batch, min(batch, micro_batch or batch)) for batch in batches]
+    found = estimate_loop(
+        lambda mode: ModuleLoop(program, mode),
+        sizes,
+        target,
+        precision=precision,
+        watched=lambda: watch_loop(lambda: ModuleLoop(program)),
+        isolated=False,
+    )
+    return tuple(found)
