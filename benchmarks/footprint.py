@@ -3,8 +3,8 @@
     python benchmarks/footprint.py [--cases tuning|held_out] [--parts measured,peers,estimate] [--processes 2]
 
 For each case of `zoo.json`, every part in a process of its own: the resident set with malloc's mmap threshold fixed (one process)
-and with the allocator as it is (median of five), the allocator's own events, the peers, and delest's estimate. The estimate is timed
-twice, in one process with an empty cache of probes and in another that finds it filled. bf16 cases run where the processor has it.
+and with the allocator as it is (median of five), the allocator's own events, the peers, and delest's estimate, timed in a
+process that finds its probes cached by one before it. bf16 cases run where the processor has it.
 
 A row's estimate holds while all code is as it was at its commit. Its `measured` part holds longer: plain PyTorch does not depend on
 delest, so it is kept while the case, zoo.py, zoo_networks.py, footprint_child.py, the versions and the processor are the same, which
@@ -14,6 +14,7 @@ delest, so it is kept while the case, zoo.py, zoo_networks.py, footprint_child.p
 from __future__ import annotations
 
 import ast
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -23,7 +24,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -48,7 +48,7 @@ Row = dict[str, Any]
 # Processes. Each returns what it adds to a row.
 
 
-def run_child(script: str, *words: str, **environment: str) -> dict[str, Any]:
+def run_child(script: str, *words: str) -> dict[str, Any]:
     """The JSON that a script of this folder prints, or {"raised": its last line of error}."""
     command = [sys.executable, str(HERE / script), *words]
     try:
@@ -57,7 +57,7 @@ def run_child(script: str, *words: str, **environment: str) -> dict[str, Any]:
             capture_output=True,
             text=True,
             timeout=LIMIT_SECONDS,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     except subprocess.TimeoutExpired:
         return {"raised": f"not done within {LIMIT_SECONDS} seconds"}
@@ -74,12 +74,13 @@ def measure(case: zoo.Case, mode: str) -> dict[str, Any]:
 
 
 def estimate(name: str) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as cache:
-        first = run_child("footprint_estimate.py", name, "mmap", DELEST_CACHE=cache)
-        if "raised" in first:
-            return first
-        rest = ("mmap",) if name == footprint_estimate.LLAMA else footprint_estimate.ALLOCATORS
-        answer = run_child("footprint_estimate.py", name, *rest, DELEST_CACHE=cache)
+    """In a process that finds in the user's cache what an earlier one has measured of the machine and of the case's operators;
+    `first_seconds` is what the earlier one took, however much of that was there already."""
+    first = run_child("footprint_estimate.py", name, "mmap")
+    if "raised" in first:
+        return first
+    rest = ("mmap",) if name == footprint_estimate.LLAMA else footprint_estimate.ALLOCATORS
+    answer = run_child("footprint_estimate.py", name, *rest)
     return answer if "raised" in answer else {**answer, "first_seconds": first["mmap"]["seconds"]}
 
 
@@ -149,8 +150,7 @@ def read_code(*names: str) -> str:
 
 def prepare_rows(cases: Sequence[zoo.Case]) -> dict[str, Row]:
     """Rows of the results file with what of them still holds, and empty ones for the rest."""
-    path = results_file.RESULTS / f"{NAME}.json"
-    earlier = {row["row"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    earlier = read_rows()
     kept = {row["row"] for row in results_file.kept_rows(NAME)}
     surroundings = describe_surroundings()
     plain = read_code("zoo.py", "zoo_networks.py", "footprint_child.py")
@@ -170,6 +170,39 @@ def prepare_rows(cases: Sequence[zoo.Case]) -> dict[str, Row]:
     llama = footprint_estimate.LLAMA
     rows[llama] = {"row": llama, **_estimate_of(earlier.get(llama, {}), llama in kept)}
     return rows
+
+
+def write_rows(rows: dict[str, Row], bounds: Sequence[dict[str, Any]] = (), *, fresh: bool = False) -> Path:
+    """Write the rows that have been begun, and take over what other invocations have filled meanwhile unless `fresh`."""
+    results_file.RESULTS.mkdir(exist_ok=True)
+    folder = os.open(results_file.RESULTS, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if not fresh:
+            adopt(rows, read_rows())
+        begun = [row for row in rows.values() if is_begun(row)]
+        return results_file.write_results(NAME, begun, bounds)
+    finally:
+        os.close(folder)
+
+
+def read_rows() -> dict[str, Row]:
+    path = results_file.RESULTS / f"{NAME}.json"
+    return {row["row"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+
+
+def adopt(rows: dict[str, Row], others: dict[str, Row]) -> None:
+    """Fill gaps in `rows`, in place since jobs hold on to their parts."""
+    for name in rows.keys() & others.keys():
+        mine, theirs = rows[name], others[name]
+        for part in ("measured", "peers"):
+            if part in mine and theirs.get(part, {}).get("key") == mine[part]["key"]:
+                for entry, value in theirs[part].items():
+                    held = mine[part].setdefault(entry, value)
+                    if entry == "glibc":
+                        held.extend(value[len(held) :])
+        if mine["estimate"] is None and theirs["estimate"] is not None:
+            mine.update({key: theirs[key] for key in ("commit", "date", "estimate")})
 
 
 def _still(part: dict[str, Any] | None, key: str) -> dict[str, Any]:
@@ -312,11 +345,9 @@ def main() -> None:
     llama = footprint_estimate.LLAMA in options.only and options.cases is None
     parts = (options.parts or "measured,peers,estimate").split(",")
 
-    def write(bounds: Sequence[dict[str, Any]] = ()) -> Path:
-        return results_file.write_results(NAME, [rows[name] for name in rows if is_begun(rows[name])], bounds)
-
+    write_rows(rows, fresh=True)
     jobs = list_jobs(rows, chosen, parts, llama)
-    run_jobs(jobs, int(options.processes or 2), time.monotonic() + 60 * options.minutes, write)
+    run_jobs(jobs, int(options.processes or 2), time.monotonic() + 60 * options.minutes, lambda: write_rows(rows))
     forty = [rows[case.name] for case in zoo.load_cases()]
     held_out = [row for row in forty if row["held_out"]]
     groups = [
@@ -325,7 +356,7 @@ def main() -> None:
         *llama_bounds_of(rows[footprint_estimate.LLAMA]),
     ]
     whole = {bound["name"].split(":")[0] for bound in groups} == {"all forty", "held out", footprint_estimate.LLAMA}
-    path = write(groups if whole else [])
+    path = write_rows(rows, groups if whole else [])
     print_table([rows[case.name] for case in chosen])
     print_bounds(groups if whole else bounds_of([rows[case.name] for case in chosen if case not in extra], "these"))
     print(f"written to {path}")

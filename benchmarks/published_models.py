@@ -107,7 +107,9 @@ class _RootNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-5))
+        wide = x.float()
+        wide = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-5)
+        return (self.weight * wide).to(x.dtype)
 
 
 class _LowRankQKV(nn.Module):
@@ -191,7 +193,11 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class GPT(nn.Module):
-    """lit-gpt's model; tokens [B, T] to logits, as a list of pieces of `chunk` tokens where that is given."""
+    """lit-gpt's model; tokens [B, T] to logits, as a list of pieces of `chunk` tokens where that is given.
+
+    Logits are fp32 whatever the weights are: Lightning's `bf16-true` converts what a model gives
+    (lightning/fabric/plugins/precision/half.py, convert_output).
+    """
 
     def __init__(self, shape: GPTShape, tokens: int, *, chunk: int | None = None):
         super().__init__()
@@ -201,7 +207,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(shape.width, shape.vocabulary, bias=shape.head_bias)
         turned = int(shape.rotated * shape.width // shape.heads)
         for name in ("cos", "sin"):
-            self.register_buffer(name, torch.zeros(tokens, turned, dtype=torch.float16), persistent=False)
+            self.register_buffer(name, torch.zeros(tokens, turned), persistent=False)
         self.chunk = chunk
         if shape.rank:
             for name, parameter in self.named_parameters():
@@ -212,7 +218,10 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, self.cos, self.sin)
         x = self.norm(x)
-        return self.head(x) if self.chunk is None else [self.head(piece) for piece in x.split(self.chunk, 1)]
+        if self.chunk is None:
+            return self.head(x).float()
+        pieces = [self.head(piece) for piece in x.split(self.chunk, 1)]
+        return [piece.float() for piece in pieces]
 
 
 def next_token_loss(logits: Tensor | list[Tensor], tokens: Tensor) -> Tensor:

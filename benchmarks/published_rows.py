@@ -45,7 +45,8 @@ class RowLoop:
         self.setup = setup
         self.model = setup.model()
         if setup.weights != torch.float32:
-            self.model = self.model.to(setup.weights)
+            for parameter in self.model.parameters():  # tables of positions are made anew in fp32, or are not kept as buffers
+                parameter.data = parameter.data.to(setup.weights)
         if setup.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -85,11 +86,11 @@ def is_operator(row: Row) -> bool:
 
 
 def torch_version(row: Row) -> tuple[int, int]:
-    """The version of PyTorch that a row names; NVIDIA's containers of 2021 and 2022 held 1.9 to 1.11."""
+    """The version of PyTorch that a row names; NVIDIA's containers of 2021 held previews of 1.9 to 1.11."""
+    if row["framework"].startswith("NGC"):
+        return 1, 10
     found = re.search(r"PyTorch (\d+)\.(\d+)", row["framework"])
-    if found:
-        return int(found[1]), int(found[2])
-    return (1, 10) if "NGC 21" in row["framework"] else (2, 4)
+    return (int(found[1]), int(found[2])) if found else (2, 4)
 
 
 def updates_in_step(row: Row) -> float:

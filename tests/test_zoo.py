@@ -184,6 +184,22 @@ def test_measurements_are_kept_while_their_key_is_the_same() -> None:
     assert footprint._still(None, "k") == {"key": "k"}
 
 
+def test_what_another_invocation_has_filled_is_taken_over() -> None:
+    mine, theirs = make_row("a", 0.0), {**make_row("a", 0.1), "commit": "c", "date": "d"}
+    mine["estimate"] = None
+    del mine["measured"]["events"], mine["measured"]["glibc"][1:]
+    mine["measured"]["mmap"] = {"peak_bytes": 5}
+    taken = mine["measured"]["glibc"]
+    footprint.adopt({"a": mine}, {"a": theirs, "b": make_row("b", 0.0)})
+    assert mine["measured"] == {**theirs["measured"], "mmap": {"peak_bytes": 5}}
+    assert mine["measured"]["glibc"] is taken
+    assert (mine["estimate"], mine["commit"]) == (theirs["estimate"], "c")
+    other = make_row("a", 0.0)
+    del other["measured"]["events"]
+    footprint.adopt({"a": other}, {"a": {**theirs, "measured": {**theirs["measured"], "key": "other code"}}})
+    assert "events" not in other["measured"]
+
+
 def test_a_child_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(footprint, "HERE", tmp_path)
     (tmp_path / "child.py").write_text(
@@ -200,7 +216,7 @@ def test_jobs_fill_what_is_missing_and_nothing_else(monkeypatch: pytest.MonkeyPa
     row["estimate"] = None
     done: list[str] = []
 
-    def answer(script: str, *words: str, **_: str) -> dict[str, Any]:
+    def answer(script: str, *words: str) -> dict[str, Any]:
         done.append(" ".join((script, *words[1:])))
         return {"mmap": {"seconds": 1.0}, "peak_bytes": 7}
 

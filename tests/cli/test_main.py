@@ -16,12 +16,16 @@ from typing import Any
 import pytest
 
 from delest import __version__, cli, errors, job as jobs
+from delest.records.footprint import Footprint
 from delest.records.hardware import Check, Diagnosis, Hardware
 from delest.records.plan import Plan
 from delest.records.run import Run, Summary
 
 HARDWARE = Hardware(
     processor="P", cores=2, instruction_sets=("avx2",), memory_bytes=1, memory_limit_bytes=None, available_bytes=1
+)
+FOOTPRINT = Footprint(
+    peak_bytes=9, runtime_bytes=1, low_bytes=8, high_bytes=10, batch_size=4, micro_batch=4, basis="estimate", how="trace"
 )
 SUMMARY = Summary(
     source="s", fingerprint="f", rows=3, kind="table", columns=(), target="y", classes=None, splits={"train": 3}, row_bytes=4
@@ -35,6 +39,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[tuple[Any, ...], d
     answers: dict[str, Callable[..., Any]] = {
         "inspect": lambda job: SUMMARY,
         "plan": lambda *a, **k: Plan(batch_size=4, micro_batch=2),
+        "estimate": lambda *a, **k: FOOTPRINT,
+        "sweep": lambda *a, **k: (FOOTPRINT,),
+        "measure": lambda *a, **k: FOOTPRINT,
+        "measure_script": lambda *a, **k: pytest.fail("give an answer"),
+        "read_budget": lambda *a: None,
         "train": lambda *a, **k: Run(
             path=Path("runs/x-001"), name="x", status="done", metric="accuracy", test={"accuracy": 0.5}
         ),

@@ -16,7 +16,8 @@ _MIB = 1 << 20
 # Optimizers that are named and say nothing else loop over lists of tensors on CUDA, with a temporary the size of all
 # parameters (torch/optim/optimizer.py, _default_to_fused_or_foreach: foreach, not fused, where all tensors are native).
 DEFAULT_IMPLEMENTATION = {"foreach": True}
-FIRST_WORKSPACES = (2, 0)  # the version of PyTorch that took cuBLAS's workspace over (https://github.com/pytorch/pytorch/pull/85447)
+# The version of PyTorch that took cuBLAS's workspace over (https://github.com/pytorch/pytorch/pull/85447).
+FIRST_WORKSPACES = (2, 0)
 LAZY_SINCE = (2, 0)  # built with CUDA 11.7 and up, whose kernels are loaded when they are first called
 
 
@@ -80,28 +81,30 @@ def _flash_backward(args: list[Any], kwargs: Mapping[str, Any]) -> int:
 
 
 def _efficient_backward(args: list[Any], kwargs: Mapping[str, Any]) -> int:
-    """One number a row in fp32, and gradients summed in fp32 where they are of 16 bits and a head has more than 64 features.
+    """One number a row in fp32, and in 16 bits the query gradients summed in fp32, with rows rounded up to 64.
 
-    Source: ATen/native/transformers/cuda/attention_backward.cu (delta) and mem_eff_attention/kernel_backward.h
-    (kNeedsAccumGradQ, workspace_elements_gq).
+    Source: PyTorch's ATen/native/transformers/cuda/attention_backward.cu (delta, workspace) and
+    mem_eff_attention/kernel_backward.h (kNeedsAccumGradQ). Keys and values of heads beyond 128 features may take as much again.
     """
     batch, heads, tokens, features = args[1]["size"]
     halves = args[1]["dtype"] in ("float16", "bfloat16")
-    return 4 * batch * heads * _up(tokens, 64) * (1 + (features if halves and features > 64 else 0))
+    return 4 * batch * heads * _up(tokens, 64) * (1 + (features if halves else 0))
 
 
 def _convolution(args: list[Any], kwargs: Mapping[str, Any]) -> int:
-    """In 16 bits matrix units want channels last: cuDNN copies operands that are not, except those of 1x1 kernels.
+    """In 16 bits matrix units want channels last: cuDNN copies operands that are not, save for 1x1 kernels, which are matrix
+    products in either order.
 
-    Source: https://docs.nvidia.com/deeplearning/cudnn/ (tensor conversions between NCHW and NHWC for Tensor Cores). Winograd and
-    FFT algorithms may take more where there is room, which is not predicted.
+    Source: https://docs.nvidia.com/deeplearning/performance/dl-performance-convolutional/index.html, "Tensor Layouts In Memory:
+    NCHW vs NHWC" (automatic transposes). Winograd and FFT algorithms may take more where there is room, which is not predicted.
     """
     return _copies(args[0], args[1])
 
 
 def _convolution_backward(args: list[Any], kwargs: Mapping[str, Any]) -> int:
-    """Of the gradients that are wanted each is a call of its own: the scratch of the larger one."""
-    return _copies(args[1], args[2]) + _tensor_bytes(args[0])
+    """The gradient of the output is one operand more."""
+    copied = _copies(args[1], args[2])
+    return copied + _tensor_bytes(args[0]) if copied else 0
 
 
 def _copies(inputs: Any, weight: Any) -> int:

@@ -15,7 +15,7 @@ from delest.backends.torch.loops import Loop
 from delest.backends.torch.trace import NeedsProbe, trace_loop
 from delest.footprint import cuda
 from delest.footprint.replay import replay
-from delest.footprint.runtime import runtime_bytes
+from delest.footprint.runtime import Runtime, measure_runtime
 from delest.footprint.scratch import scratch
 from delest.footprint.time import step_time
 from delest.hardware.catalogue import find_device, roofline_of
@@ -46,10 +46,10 @@ class Target:
     def roofline(self) -> Roofline:
         return measure_roofline(self.threads) if self.device is None else roofline_of(self.device)
 
-    def runtime_bytes(self) -> int:
+    def runtime(self) -> Runtime:
         if self.device is None:
-            return runtime_bytes(self.threads)
-        return cuda.context_bytes(self.device.capability) + cuda.workspace_bytes(self.device.capability)
+            return measure_runtime(self.threads)
+        return Runtime(cuda.context_bytes(self.device.capability), cuda.workspace_bytes(self.device.capability))
 
 
 def choose_target(device: str | None, allocator: str | None, threads: int | None) -> Target:
@@ -80,36 +80,39 @@ def estimate_loop(
     sizes: Sequence[tuple[int, int]],
     target: Target,
     *,
-    evaluation_rows: int | None = None,
+    evaluation_rows: Callable[[int], int] | None = None,
     precision: str = "fp32",
     watched: Callable[[], Trace],
+    saving: bool = True,
     isolated: bool = True,
 ) -> list[Footprint]:
     """One footprint for each (batch, micro-batch) of `sizes`, all from two traces.
 
-    `build` gives the loop for a fake mode. `watched` gives a trace of real steps on few rows, for a model that branches on data;
-    `isolated` says whether it does so in another process.
+    `evaluation_rows` gives those of an evaluation batch for a micro-batch (default: the same). `build` gives the loop for a fake mode. `watched` gives a trace of real steps on few rows, for a model that branches on data;
+    `isolated` says whether it does so in another process. Without `saving` nothing is counted for checkpoints: how a script of
+    the user's own saves and loads is not known.
     Raises `BadInput` where the model cannot be built or does not take its inputs.
     """
     with _threads(target.threads):
-        trace, how = _trace(build, max(rows for _, rows in sizes), target, watched)
+        growing = len({rows for _, rows in sizes}) > 1 or evaluation_rows is not None
+        trace, how = _trace(build, max(rows for _, rows in sizes), target, watched, growing)
         isolated = isolated or how == "trace"
-        trace = replace(trace, precision=precision)
-        roofline, runtime = target.roofline(), target.runtime_bytes()
+        trace = replace(trace, precision=precision, state_bytes=trace.state_bytes if saving else 0)
+        roofline, runtime = target.roofline(), target.runtime()
         return [
-            replace(_footprint(trace, target, roofline, runtime, batch, rows, evaluation_rows), how=how, isolated=isolated)
+            replace(_footprint(trace, target, roofline, runtime, batch, rows, (evaluation_rows or int)(rows)), how=how, isolated=isolated)
             for batch, rows in sizes
         ]
 
 
 def _trace(
-    build: Callable[[Any], Loop], rows: int, target: Target, watched: Callable[[], Trace]
+    build: Callable[[Any], Loop], rows: int, target: Target, watched: Callable[[], Trace], growing: bool
 ) -> tuple[Trace, Literal["trace", "probe"]]:
     try:
         if target.device is None:
-            return trace_loop(build, rows, scratch=scratch), "trace"
+            return trace_loop(build, rows, scratch=scratch, growing=growing), "trace"
         with as_cuda(target.device.capability):
-            return trace_loop(build, rows, scratch=cuda.scratch), "trace"
+            return trace_loop(build, rows, scratch=cuda.scratch, growing=growing), "trace"
     except NeedsProbe as error:
         why = f"the model reads values of tensors ({error}): real steps on few rows were watched instead of a trace"
         trace = watched()
@@ -120,19 +123,19 @@ def _footprint(
     trace: Trace,
     target: Target,
     roofline: Roofline,
-    runtime: int,
+    runtime: Runtime,
     batch: int,
     rows: int,
-    evaluation_rows: int | None,
+    evaluation_rows: int,
 ) -> Footprint:
     allocator = target.allocator
     found = replay(
         trace,
         rows=rows,
         allocator=allocator,
-        runtime_bytes=0 if allocator == "exact" else runtime,
+        runtime_bytes=0 if allocator == "exact" else runtime.idle_bytes + runtime.touched_bytes,
         batch_size=batch,
-        evaluation_rows=evaluation_rows or rows,
+        evaluation_rows=evaluation_rows,
         device=target.name,
     )
     predicted = step_time(trace, roofline, rows=rows, parts=-(-batch // rows), allocator=allocator)
@@ -143,6 +146,7 @@ def _footprint(
     validated = tuple(name for name in VALIDATED_ON if name == roofline.device)
     return replace(
         found,
+        runtime_bytes=0 if allocator == "exact" else runtime.idle_bytes,
         modules=modules,
         step_seconds=predicted.seconds,
         bound_by=predicted.bound_by,

@@ -1,40 +1,109 @@
-"""What a warm idle process holds before there is any model: Python, torch and its libraries."""
+"""What a process holds beside the tensors of a training: Python, torch and its libraries, idle and at work."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from delest import processes
 from delest.hardware import machine, probes
 
+_MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed blocks go back at once (mallopt(3)), so that only libraries hold on
 
-def runtime_bytes(threads: int) -> int:
-    """Resident bytes of a process that has imported torch and has made two tiny steps; measured once a machine and kept."""
+
+Build = Callable[[int, int], tuple[nn.Module, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Resident bytes."""
+
+    idle_bytes: int  # of a process that has imported torch and has made two tiny steps
+    touched_bytes: int  # more while it trains, beyond tensors: libraries' buffers and code that only larger operands call for
+
+
+def measure_runtime(threads: int) -> Runtime:
+    """What this machine's torch holds with so many threads; measured once, in a process of its own, and kept."""
     key = probes.machine_key(threads)
     kept = probes.kept("runtime", key)
-    if not isinstance(kept, dict):
-        kept = processes.call(f"{__name__}:measure", None, threads=threads)
+    if not isinstance(kept, dict) or "touched" not in kept:
+        kept = processes.call(f"{__name__}:measure", None, environment={**_MAPPED, "OMP_NUM_THREADS": str(threads)}, threads=threads)
         probes.keep("runtime", key, kept)
-    return int(kept["bytes"])
+    return Runtime(int(kept["idle"]), int(kept["touched"]))
 
 
 def measure(threads: int) -> dict[str, Any]:
-    """In a process of its own: two steps of a small network with the usual kinds of layers, all given back."""
+    """`measure_runtime` in this process, which is thought to be fresh.
+
+    What is touched is the growth of the resident set over steps of two networks of middling size, less the most that
+    torch's allocator had given out meanwhile.
+    """
     torch.set_num_threads(threads)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 10))
+    for build, size, side in ((_convolutional, 8, 16), (_attending, 16, 8)):
+        _train(build, size, side)
+    idle, touched = _settled(), 0
+    for build, size, side in ((_convolutional, 64, 64), (_attending, 256, 128), (_dense, 64, 64)):
+        before = _settled()
+        machine.reset_peak()
+        _train(build, size, side)
+        grown = machine.peak_resident_bytes() - before
+        _settled()
+        touched += max(0, grown - _allocated(build, size, side))
+    return {"idle": idle, "touched": touched}
+
+
+def _convolutional(channels: int, side: int) -> tuple[nn.Module, torch.Tensor]:
+    layers: list[nn.Module] = []
+    for given in (3, channels, channels):
+        layers += [nn.Conv2d(given, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
+    return nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.LazyLinear(16)), torch.zeros(8, 3, side, side)
+
+
+def _attending(features: int, tokens: int) -> tuple[nn.Module, torch.Tensor]:
+    layer = nn.TransformerEncoderLayer(features, 4, 4 * features, batch_first=True, activation="gelu")
+    return nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(16)), torch.zeros(8, tokens, features)
+
+
+def _dense(features: int, side: int) -> tuple[nn.Module, torch.Tensor]:
+    """Matrix products of the size for which libraries copy operands into buffers of their own."""
+    layers = (nn.Linear(features * side, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 16))
+    return nn.Sequential(*layers), torch.zeros(256, features * side)
+
+
+def _train(build: Build, size: int, side: int) -> None:
+    """Build a network and make two steps; all is given back."""
+    model, inputs = build(size, side)
+    model(inputs[:2])  # lazy layers take their shape
     optimizer = torch.optim.AdamW(model.parameters())
+    targets = torch.zeros(len(inputs), dtype=torch.int64)
     for _ in range(2):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(torch.zeros(4, 3, 8, 8)), torch.zeros(4, dtype=torch.int64)).backward()
+        functional.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
-    del model, optimizer
+
+
+def _allocated(build: Build, size: int, side: int) -> int:
+    """The most that torch's allocator has given out at once during the same."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        _train(build, size, side)
+    live = highest = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            highest = max(highest, live)
+    return highest
+
+
+def _settled() -> int:
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    return {"bytes": machine.resident_bytes()}
+    return machine.resident_bytes()

@@ -124,7 +124,7 @@ def _probe(threads: int | None, device: str) -> dict[str, Any]:
             fresh_bytes=reused if on_gpu else _fresh_bytes(torch, sizes.memory_bytes, clock),
             cached_bytes=_added_bytes(torch, device, _cached_size(torch, here, device), clock),
             overhead_seconds=_overhead_seconds(torch, device, clock),
-            kernel_bytes=dict(slow_kernels.time_kernels(torch, device, clock)),
+            kernel_bytes={} if on_gpu else dict(slow_kernels.time_kernels(torch, clock)),
             host_to_device_bytes=_host_to_device_bytes(torch, sizes.memory_bytes, clock) if on_gpu else None,
             source=f"micro-probes under torch {torch.__version__}",
         )

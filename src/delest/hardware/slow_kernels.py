@@ -1,4 +1,4 @@
-"""Bytes a second of common kernels that are slower than the memory they work on: normalisations, softmax, random numbers.
+"""Bytes a second of a processor's common kernels that are slower than the memory they work on: normalisations, softmax, random numbers.
 
 What holds them up is arithmetic that no count of flops describes (exponentials, several passes, a generator that gives one
 number after another), so each is timed as training calls it, on operands of the size that activations have.
@@ -26,23 +26,25 @@ def hold_memory() -> None:
         mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
-def time_kernels(torch: Any, device: str, clock: Callable[[], float]) -> Iterator[tuple[str, float]]:
+def time_kernels(torch: Any, clock: Callable[[], float]) -> Iterator[tuple[str, float]]:
     """Name of the kernel with its format, bytes read and written a second; those that raise are left out."""
-    for name, (kernel, moved) in _kernels(torch, device).items():
+    for name, (kernel, moved) in _kernels(torch).items():
         seconds = probes.best_seconds(kernel, limit_seconds=_SECONDS, clock=clock)
         if seconds < float("inf"):
             yield f"{name}.fp32", moved / seconds
 
 
-def _kernels(torch: Any, device: str) -> dict[str, tuple[Callable[[], object], float]]:
+def _kernels(torch: Any) -> dict[str, tuple[Callable[[], object], float]]:
     """By name a call and the bytes that it moves, each operand once."""
     aten = torch.ops.aten
-    images, flowing = (torch.randn(32, 64, 28, 28, device=device) for _ in range(2))  # [B, C, H, W], 6.4 MB
-    rows, passing = (torch.randn(4096, 384, device=device) for _ in range(2))  # [B, D], as large
+    images, flowing = (torch.randn(32, 64, 28, 28) for _ in range(2))  # [B, C, H, W], 6.4 MB
+    rows, passing = (torch.randn(4096, 384) for _ in range(2))  # [B, D], as large
     scores = rows.log_softmax(1)
-    kernel = torch.randn(64, 1, 3, 3, device=device)
-    weight, bias, mean, deviation = (torch.ones(64, device=device) for _ in range(4))
-    scale, shift = (torch.ones(384, device=device) for _ in range(2))
+    classes = torch.randn(32, 384, 128)  # [B, C, T], as large
+    class_scores = classes.log_softmax(1)
+    kernel = torch.randn(64, 1, 3, 3)
+    weight, bias, mean, deviation = (torch.ones(64) for _ in range(4))
+    scale, shift = (torch.ones(384) for _ in range(2))
     _, row_mean, row_deviation = aten.native_layer_norm(rows, [384], scale, shift, 1e-5)
     image, row = 4.0 * images.numel(), 4.0 * rows.numel()
     train = (True, 1e-5, [True, True, True])
@@ -53,7 +55,7 @@ def _kernels(torch: Any, device: str) -> dict[str, tuple[Callable[[], object], f
         aten.convolution_backward(flowing, images, kernel, None, *shape, [True, True, False])
 
     return {
-        "depthwise": (depthwise, 7 * image),  # each gradient reads two operands
+        "depthwise": (depthwise, 6 * image),  # either gradient reads the output's
         "batch_norm": (lambda: aten.native_batch_norm(images, weight, bias, mean, deviation, True, 0.1, 1e-5), 2 * image),
         "batch_norm_backward": (
             lambda: aten.native_batch_norm_backward(flowing, images, weight, mean, deviation, mean, deviation, *train),
@@ -68,6 +70,11 @@ def _kernels(torch: Any, device: str) -> dict[str, tuple[Callable[[], object], f
         "max_pool": (lambda: aten.max_pool2d_with_indices(images, [2, 2], [2, 2]), image * (1 + 1 / 4 + 2 / 4)),
         "softmax": (lambda: aten._log_softmax(rows, 1, False), 2 * row),
         "softmax_backward": (lambda: aten._log_softmax_backward_data(passing, scores, 1, torch.float32), 3 * row),
+        "softmax_across": (lambda: aten._log_softmax(classes, 1, False), 2 * row),
+        "softmax_across_backward": (
+            lambda: aten._log_softmax_backward_data(classes, class_scores, 1, torch.float32),
+            3 * row,
+        ),
         "activation": (lambda: aten.gelu(rows), 2 * row),
         "activation_backward": (lambda: aten.gelu_backward(passing, rows), 3 * row),
         "random": (lambda: torch.empty_like(rows).bernoulli_(0.5), row),

@@ -215,7 +215,7 @@ def _sweep_job(
         lambda mode: JobLoop(place.job, plan, place.source.schema, example),
         sizes,
         target,
-        evaluation_rows=micro_batch or max(max(batches), 256),
+        evaluation_rows=lambda rows: rows if rows == micro_batch else max(rows, 256),  # as the session has it
         precision="bf16" if place.job.recipe.precision == "bf16" else "fp32",
         watched=lambda: _watch(place, used, wishes.get("sequence_length")),
     )
@@ -305,6 +305,7 @@ def _sweep_module(
         sizes,
         target,
         precision=precision,
+        saving=False,
         watched=lambda: watch_loop(lambda: ModuleLoop(program)),
         isolated=False,
     )

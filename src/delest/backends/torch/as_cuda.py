@@ -16,15 +16,17 @@ from torch import Tensor
 
 # Where CUDA's autocast computes in fp32 whatever it is given (https://docs.pytorch.org/docs/stable/amp.html, "CUDA Ops that
 # can autocast to float32"; the overloads are those of AT_FORALL_FP32 in ATen/autocast_mode.h).
-_FP32 = """
-acos asin cosh erfinv exp expm1 log log10 log1p log2 reciprocal rsqrt sinh tan pow.Tensor_Scalar pow.Tensor_Tensor
-pow.Scalar softplus layer_norm native_layer_norm group_norm frobenius_norm.dim nuclear_norm nuclear_norm.dim cosine_similarity
-poisson_nll_loss cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss
-margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss
-binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp
-""".split()
+_FP32 = (
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log1p", "log2", "reciprocal", "rsqrt", "sinh",
+    "tan", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "pow.Scalar", "softplus", "layer_norm", "native_layer_norm",
+    "group_norm", "frobenius_norm.dim", "nuclear_norm", "nuclear_norm.dim", "cosine_similarity", "poisson_nll_loss",
+    "cosine_embedding_loss", "nll_loss", "nll_loss2d", "hinge_embedding_loss", "kl_div", "l1_loss", "smooth_l1_loss",
+    "huber_loss", "mse_loss", "margin_ranking_loss", "multilabel_margin_loss", "soft_margin_loss",
+    "triplet_margin_loss", "multi_margin_loss", "binary_cross_entropy_with_logits", "dist", "pdist", "cdist",
+    "renorm", "logsumexp",
+)  # fmt: skip
 # The same where the kernel itself reads 16 bits and writes 32 (AT_FORALL_FP32_SET_OPT_DTYPE).
-_FP32_OUTPUT = "prod prod.dim_int softmax.int log_softmax.int cumprod cumsum sum sum.dim_IntList".split()
+_FP32_OUTPUT = ("prod", "prod.dim_int", "softmax.int", "log_softmax.int", "cumprod", "cumsum", "sum", "sum.dim_IntList")
 # Before, `_softmax_backward_data` took the input for its format alone, and autograd kept it beside the output
 # (tools/autograd/derivatives.yaml of v1.10.2 and v1.11.0).
 _SOFTMAX_KEEPS_OUTPUT_ONLY = (1, 11)
@@ -149,7 +151,9 @@ def _attention(major: int) -> Callable[..., Tensor]:
         if features % 8:  # both kernels want rows that are aligned to 16 bytes
             query, key, value = (torch.nn.functional.pad(one, (0, 8 - features % 8)) for one in (query, key, value))
         if attn_mask is None and query.dtype in _HALVES and major >= 8 and features <= _LARGEST_FLASH_HEAD:
-            out = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)
+            out = torch.ops.aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, False, scale=scale
+            )
         else:
             out = torch.ops.aten._scaled_dot_product_efficient_attention(
                 query, key, value, _bias(attn_mask, query, key), torch.is_grad_enabled(), dropout_p, is_causal, scale=scale

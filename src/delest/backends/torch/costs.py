@@ -101,6 +101,8 @@ _SLOW = {
     **dict.fromkeys(("sum", "mean", "amax", "var_mean"), "reduction"),
 }
 
+_SOFTMAX_AXIS = {"_softmax": 1, "_log_softmax": 1, "_safe_softmax": 1, "_log_softmax_backward_data": 2}  # position of the axis
+
 
 def _find_count(func: Any) -> Count:
     name = func._schema.name.split("::")[-1]
@@ -112,11 +114,24 @@ def _find_count(func: Any) -> Count:
     work = _find_work(func, name)
     if work is None:
         slow = _SLOW.get(name, "memory")
+        if name in _SOFTMAX_AXIS:
+            return _count_softmax(slow, _SOFTMAX_AXIS[name], traffic)
         return lambda args, kwargs, outputs: Cost(slow, _format((args, outputs)), 0.0, traffic(args, kwargs, outputs))
 
     def count(args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> Cost:
         kind, flops = work(args, kwargs, outputs)
         return Cost(kind, _format((args, outputs)), float(flops), traffic(args, kwargs, outputs))
+
+    return count
+
+
+def _count_softmax(kind: str, position: int, traffic: Traffic) -> Count:
+    """Kernels along the last axis read a row after another; those along another axis jump, and are told apart."""
+
+    def count(args: Sequence[Any], kwargs: Mapping[str, Any], outputs: Any) -> Cost:
+        across = args[position] % args[0].ndim != args[0].ndim - 1 if args[0].ndim else False
+        held_to = kind.replace("softmax", "softmax_across") if across else kind
+        return Cost(held_to, _format((args, outputs)), 0.0, traffic(args, kwargs, outputs))
 
     return count
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from delest import errors
@@ -24,8 +25,10 @@ class NeedsProbe(Exception):
     """The model reads values of tensors, which fake ones do not have."""
 
 
-def trace_loop(build: Build, rows: int, *, scratch: Scratch, real: bool = False) -> Trace:
+def trace_loop(build: Build, rows: int, *, scratch: Scratch, real: bool = False, growing: bool = True) -> Trace:
     """Trace the loop that `build` gives, with `rows` rows and with few; nothing is allocated unless `real`.
+
+    Without `growing` the trace holds for `rows` rows alone, and takes a third less time.
 
     `scratch` says what kernels take for themselves, which no fake tensor shows: this machine's are run, another device's follow
     rules.
@@ -35,16 +38,19 @@ def trace_loop(build: Build, rows: int, *, scratch: Scratch, real: bool = False)
     sizes = (2, rows) if rows > 2 else (rows, rows + 1) if rows > 1 else (1, 2)
     recorders, how, loop = [], "", None
     for size in sizes:
-        recorder, how, loop = _record(build, size, real)
+        recorder, how, loop = _record(build, size, real, whole=growing or size == rows)
         recorders.append(recorder)
     assert loop is not None
+    if not growing:
+        recorders.sort(key=lambda recorder: len(recorder.rows))
+        sizes = sizes if sizes[1] == rows else (sizes[1], sizes[0])
     return _merge(recorders[0], recorders[1], sizes, loop, how, scratch)
 
 
-def _record(build: Build, rows: int, real: bool) -> tuple[Recorder, str, Loop]:
+def _record(build: Build, rows: int, real: bool, whole: bool) -> tuple[Recorder, str, Loop]:
     if real:
         loop = build(None)
-        return _run(loop, rows), "real tensors", loop
+        return _run(loop, rows, whole), "real tensors", loop
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     failed: BaseException | None = None
@@ -61,8 +67,8 @@ def _record(build: Build, rows: int, real: bool) -> tuple[Recorder, str, Loop]:
             failed = error
             continue
         try:
-            with mode:
-                return _run(loop, rows), how, loop
+            with _quiet(), mode:
+                return _run(loop, rows, whole), how, loop
         except errors.DelestError:
             raise
         except Exception as error:
@@ -72,23 +78,42 @@ def _record(build: Build, rows: int, real: bool) -> tuple[Recorder, str, Loop]:
     raise NeedsProbe(where(failed) if failed else "")
 
 
-def _run(loop: Loop, rows: int) -> Recorder:
+def _run(loop: Loop, rows: int, whole: bool) -> Recorder:
+    """Two steps and an evaluation; one step alone unless `whole`, which is enough to see how sizes depend on the rows."""
     batch = loop.batch(rows)
     recorder = Recorder(loop.model)
-    with recorder:
-        recorder.register_model(loop.model)
-        for optimizer in loop.optimizers:
-            recorder.register_optimizer(optimizer, loop.model)
-        recorder.register(tensors_of(batch), "data")
-        for step in (1, 2):
-            recorder.begin(step, "forward")
-            loop.step(batch, recorder)
+    gc.collect()
+    gc.freeze()  # collections that come by themselves then pass over all that was there before
+    try:
+        with recorder:
+            recorder.register_model(loop.model)
             for optimizer in loop.optimizers:
                 recorder.register_optimizer(optimizer, loop.model)
-        gc.collect()
-        recorder.begin(3, "evaluation")
-        loop.evaluate(batch)
+            recorder.register(tensors_of(batch), "data")
+            for step in (1, 2) if whole else (1,):
+                recorder.begin(step, "forward")
+                loop.step(batch, recorder)
+                for optimizer in loop.optimizers:
+                    recorder.register_optimizer(optimizer, loop.model)
+            if whole:
+                gc.collect()
+                recorder.begin(3, "evaluation")
+                loop.evaluate(batch)
+    finally:
+        gc.unfreeze()
     return recorder
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch logs a traceback of its own for each operator that refuses its operands; the error is told once, by us."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _words(loop: Loop, rows: int, mode: Any) -> str:
@@ -107,9 +132,9 @@ def _merge(
     the larger one with the whole of what is no weight in proportion to the rows."""
     notes: list[str] = []
     alike = [row[0] for row in small.rows] == [row[0] for row in large.rows] and small.born == large.born
-    if not alike:
+    if small.step != 1 and not alike:
         notes.append(f"the steps differ with the number of rows: figures are those of {sizes[1]} rows in proportion")
-    signatures = _signatures(small, large, sizes, alike)
+    signatures = _signatures(small, large, sizes)
     found = scratch_of(text for pair in signatures for text in pair if text)
     unseen = sum(1 for pair in signatures if pair[0] and pair[0] not in found)
     if unseen:
@@ -164,6 +189,8 @@ def _line(values: list[float], sizes: tuple[int, int]) -> tuple[float, float]:
 def _storage_lines(small: Recorder, large: Recorder, sizes: tuple[int, int], alike: bool) -> tuple[list[float], list[float]]:
     if alike:
         lines = [_line([a, b], sizes) for a, b in zip(small.bytes, large.bytes, strict=True)]
+    elif small.step == 1:
+        lines = [(float(size), 0.0) for size in large.bytes]
     else:
         fixed = ("parameters", "buffers", "optimizer", "gradients")
         lines = [
@@ -176,25 +203,20 @@ def _storage_lines(small: Recorder, large: Recorder, sizes: tuple[int, int], ali
 def _cost_lines(small: Recorder, large: Recorder, sizes: tuple[int, int], alike: bool, column: int) -> list[tuple[float, float]]:
     if alike:
         return [_line([a[6][column], b[6][column]], sizes) for a, b in zip(small.rows, large.rows, strict=True)]
+    if small.step == 1:
+        return [(row[6][column], 0.0) for row in large.rows]
     return [(row[6][column], 0.0) if row[2] == "update" else (0.0, row[6][column] / sizes[1]) for row in large.rows]
 
 
-def _signatures(small: Recorder, large: Recorder, sizes: tuple[int, int], alike: bool) -> list[tuple[str | None, str | None]]:
-    """For each operator the calls at the two sizes at which kernels are run alone."""
-    if not alike:
-        return [(row[7], row[7]) for row in large.rows]
-    known: dict[tuple[str, str], tuple[str | None, str | None]] = {}
-    found = []
-    for a, b in zip(small.rows, large.rows, strict=True):
-        pair = a[7], b[7]
-        if pair not in known:
-            known[pair] = (
-                tuple(kernels.between(*pair, sizes, rows) for rows in SCRATCH_ROWS)  # type: ignore[assignment]
-                if all(pair)
-                else (None, None)
-            )
-        found.append(known[pair])
-    return found
+def _signatures(small: Recorder, large: Recorder, sizes: tuple[int, int]) -> list[tuple[str | None, str | None]]:
+    """For each operator the calls at the two sizes at which kernels are run alone; one that the smaller recording does not
+    have stands for itself."""
+    known: dict[str, tuple[str | None, str | None]] = {"": (None, None)}
+    for a, b in zip(small.rows, large.rows, strict=False):
+        if a[0] == b[0] and a[7] and b[7] not in known:
+            first, second = (kernels.between(a[7], b[7], sizes, rows) for rows in SCRATCH_ROWS)
+            known[b[7]] = (first, second) if first and second else (b[7], b[7])
+    return [known.get(row[7], (row[7], row[7])) for row in large.rows]
 
 
 def _bytes_of(found: dict[str, dict[str, Any]], text: str | None) -> float:

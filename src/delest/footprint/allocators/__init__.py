@@ -23,8 +23,8 @@ class Allocator(Protocol):
         """The most that was ever held."""
         ...
 
-    def allocate(self, size: int, *, lasting: bool = False) -> int:
-        """A handle of a new block of `size` bytes; `lasting` ones are kept from step to step (weights, optimizer state)."""
+    def allocate(self, size: int, *, kept: bool = False) -> int:
+        """A handle of a new block of `size` bytes; `kept` ones wait for a later part of the step."""
         ...
 
     def free(self, handle: int) -> None:

@@ -1,0 +1,252 @@
+"""Simulated allocators against sizes worked out by hand from the sources they follow, and against what must always hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from delest.footprint.allocators import Allocator, Caching, Exact, Glibc, Mapped
+from delest.footprint.allocators.caching import block_bytes, segment_bytes
+
+KIB, MIB = 1 << 10, 1 << 20
+MAKERS: dict[str, Callable[[], Allocator]] = {
+    "exact": Exact,
+    "mmap": Mapped,
+    "glibc": Glibc,
+    "glibc, 48 past": Glibc.starting(48),
+    "cuda": Caching,
+}
+
+# (bytes, kept for later) to allocate, or the place in the list of live blocks of the one to free
+SIZES = st.integers(1, 2048) | st.integers(1, 64).map(lambda n: n * 4096) | st.integers(1, 40 * MIB)
+EVENTS = st.lists(st.tuples(SIZES, st.booleans()) | st.integers(0, 1000), max_size=80)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@settings(max_examples=60, deadline=None)
+@given(events=EVENTS)
+def test_never_holds_less_than_what_lives(name, events):
+    allocator, live = MAKERS[name](), []
+    highest = 0
+    for event in events:
+        if isinstance(event, tuple):
+            live.append((allocator.allocate(event[0], kept=event[1]), event[0]))
+        elif live:
+            allocator.free(live.pop(event % len(live))[0])
+        highest = max(highest, allocator.held_bytes)
+        assert allocator.held_bytes >= sum(size for _, size in live)
+        assert len({handle for handle, _ in live}) == len(live)
+    assert allocator.peak_bytes == highest
+
+
+@pytest.mark.parametrize("name", ["exact", "mmap"])
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(SIZES, max_size=40), seed=st.randoms(use_true_random=False))
+def test_is_empty_when_all_is_freed(name, sizes, seed):
+    allocator = MAKERS[name]()
+    handles = [allocator.allocate(size) for size in sizes]
+    seed.shuffle(handles)
+    for handle in handles:
+        allocator.free(handle)
+    assert allocator.held_bytes == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(events=EVENTS)
+def test_blocks_of_the_heap_never_overlap(events):
+    heap, live = Glibc(), []
+    for event in events:
+        if isinstance(event, tuple):
+            live.append(heap.allocate(event[0], kept=event[1]))
+        elif live:
+            heap.free(live.pop(event % len(live)))
+        chunks = [
+            *heap._used.items(),
+            *((start, size) for start, (size, _) in heap._free.items()),
+            *heap._taken,
+            *heap._passing,
+        ]
+        ends = [start + size for start, size in sorted(chunks)]
+        starts = [start for start, _ in sorted(chunks)]
+        assert all(end == start for end, start in zip(ends, starts[1:], strict=False))  # no gap and no overlap
+        assert not chunks or (starts[0], ends[-1]) == (heap._base, heap._top)
+        assert len(heap._bins) == len(heap._free) == len(heap._ends)
+
+
+@settings(max_examples=60, deadline=None)
+@given(events=EVENTS)
+def test_blocks_of_cuda_fill_their_segments(events):
+    device, live = Caching(), []
+    for event in events:
+        if isinstance(event, tuple):
+            live.append(device.allocate(event[0]))
+        elif live:
+            device.free(live.pop(event % len(live)))
+        blocks = [*((start, size) for start, (size, _) in device._used.items()), *device._free.items()]
+        assert sum(size for _, size in blocks) == device.held_bytes
+        assert device.allocated_bytes == sum(size for size, _ in device._used.values())
+        ordered = sorted(blocks)
+        assert all(a + size <= b for (a, size), (b, _) in pairwise(ordered))
+
+
+# A fixed threshold
+
+
+@pytest.mark.parametrize(
+    ("size", "held"),
+    [
+        (1 * MIB, 1 * MIB + 4096),  # a page for the headers, the alignment and the smallest chunk
+        (1 * MIB - 256, 1 * MIB),  # they fit into the last page
+        (1024, 1040),  # a header, in granules of 16 bytes
+        (1, 32),
+    ],
+)
+def test_a_block_under_a_fixed_threshold_takes(size, held):
+    allocator = Mapped()
+    allocator.allocate(size)
+    assert allocator.held_bytes == held
+
+
+def test_only_blocks_from_64_kib_on_are_mapped():
+    sizes = [60 * KIB, 64 * KIB]
+    held = [Mapped()._taken(size) for size in sizes]
+    assert [size % 4096 == 0 for size in held] == [False, True]
+
+
+# The heap
+
+
+def test_a_large_block_is_mapped_until_one_of_its_size_was_freed():
+    heap = Glibc()
+    first = heap.allocate(8 * MIB)
+    heap.free(first)
+    assert heap.held_bytes == 0  # unmapped
+    heap.free(heap.allocate(8 * MIB))
+    assert heap.held_bytes >= 8 * MIB  # now it comes from the heap, which keeps it: less than twice the threshold
+
+
+def test_the_threshold_does_not_rise_above_32_mib():
+    heap = Glibc()
+    for _ in range(2):
+        heap.free(heap.allocate(40 * MIB))
+        assert heap.held_bytes == 0
+
+
+def test_a_top_of_twice_the_threshold_is_given_back():
+    heap = Glibc()
+    heap.free(heap.allocate(4 * MIB))  # the threshold is 4 MiB now
+    blocks = [heap.allocate(3 * MIB) for _ in range(4)]
+    for block in blocks[:0:-1]:
+        heap.free(block)
+    held = heap.held_bytes
+    assert held > 12 * MIB  # small objects between the holes
+    for _ in range(30):
+        heap.free(heap.allocate(100 * KIB))  # they go when newer ones have come, and the holes and the top are one
+    assert heap.held_bytes < 4 * MIB
+
+
+def test_a_hole_under_a_live_block_stays():
+    heap = Glibc()
+    low, high = heap.allocate(512 * KIB), heap.allocate(512 * KIB)
+    held = heap.held_bytes
+    heap.free(low)
+    assert heap.held_bytes == held
+    heap.free(heap.allocate(256 * KIB))  # fits the hole
+    assert heap.held_bytes == held
+    heap.free(high)
+
+
+def test_a_hole_is_too_small_for_the_same_block_while_its_slivers_are_taken():
+    heap = Glibc(misalignment=16)
+    low, _ = heap.allocate(512 * KIB), heap.allocate(512 * KIB)
+    held = heap.held_bytes
+    heap.free(low)
+    heap.allocate(512 * KIB)
+    assert heap.held_bytes >= held + 512 * KIB
+
+
+# CUDA
+
+
+@pytest.mark.parametrize(("size", "block"), [(1, 512), (512, 512), (513, 1024), (MIB, MIB), (MIB + 1, MIB + 512)])
+def test_requests_are_rounded_to_512_bytes(size, block):
+    assert block_bytes(size) == block
+
+
+@pytest.mark.parametrize(
+    ("block", "segment"),
+    [
+        (512, 2 * MIB),
+        (MIB, 2 * MIB),
+        (MIB + 512, 20 * MIB),
+        (10 * MIB - 512, 20 * MIB),
+        (10 * MIB, 10 * MIB),
+        (10 * MIB + 512, 12 * MIB),
+        (33 * MIB, 34 * MIB),
+    ],
+)
+def test_segments_of_cuda(block, segment):
+    assert segment_bytes(block) == segment
+
+
+def test_small_blocks_share_a_segment_and_split_to_512_bytes():
+    device = Caching()
+    for _ in range(4096):  # fill 2 MiB exactly
+        device.allocate(100)
+    assert (device.held_bytes, device.allocated_bytes) == (2 * MIB, 2 * MIB)
+    device.allocate(100)
+    assert device.held_bytes == 4 * MIB
+
+
+def test_medium_blocks_share_a_segment_of_20_mib():
+    device = Caching()
+    for _ in range(5):
+        device.allocate(4 * MIB)
+    assert (device.held_bytes, device.allocated_bytes) == (20 * MIB, 20 * MIB)
+    device.allocate(4 * MIB)
+    assert device.held_bytes == 40 * MIB
+
+
+def test_a_rest_of_at_most_1_mib_stays_with_a_large_block():
+    device = Caching()
+    handle = device.allocate(33 * MIB)  # 34 MiB, and a rest of 1 MiB is not split off
+    assert (device.held_bytes, device.allocated_bytes) == (34 * MIB, 34 * MIB)
+    device.free(handle)
+    device.allocate(33 * MIB - 512)  # a rest of 1 MiB + 512 is
+    assert (device.held_bytes, device.allocated_bytes) == (34 * MIB, 33 * MIB - 512)
+
+
+def test_small_and_large_pools_do_not_serve_each_other():
+    device = Caching()
+    device.free(device.allocate(4 * MIB))
+    device.allocate(MIB)
+    assert device.held_bytes == 22 * MIB
+
+
+def test_freed_neighbours_merge_and_the_best_fit_is_taken():
+    device = Caching()
+    blocks = [device.allocate(4 * MIB) for _ in range(5)]
+    device.free(blocks[0])
+    device.free(blocks[2])
+    device.free(blocks[1])  # 12 MiB in one piece
+    device.free(blocks[4])  # 4 MiB in another
+    assert device.allocate(3 * MIB - 512) == blocks[4]
+    assert device.allocate(12 * MIB) == blocks[0]
+    assert device.held_bytes == 20 * MIB
+
+
+def test_segments_never_merge():
+    device = Caching()
+    for handle in [device.allocate(12 * MIB), device.allocate(12 * MIB)]:
+        device.free(handle)
+    device.allocate(24 * MIB)
+    assert device.held_bytes == 48 * MIB
+
+
+def test_cuda_keeps_what_was_freed():
+    device = Caching()
+    device.free(device.allocate(64 * MIB))
+    assert (device.held_bytes, device.allocated_bytes, device.peak_allocated_bytes) == (64 * MIB, 0, 64 * MIB)
