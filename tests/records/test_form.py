@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from delest import errors
-from delest.records import footprint, hardware, plan, run, shrunk, source
+from delest.records import footprint, hardware, latency, plan, run, script, shrunk, source, trace
 from delest.records.form import from_json, read_json, read_object, to_json, to_plain
 from delest.storage import write_json
 
@@ -30,6 +30,68 @@ FOOTPRINT = footprint.Footprint(
     basis="estimate",
     how="probe",
     isolated=False,
+)
+DETAILED = dataclasses.replace(
+    FOOTPRINT,
+    breakdown={"parameters": 1 << 20, "runtime": 300 << 20},
+    modules=(footprint.ModuleShare(name="0.layer", kind="Linear", parameter_bytes=400, seconds=0.5, flops=1e9),),
+    timeline=footprint.Timeline(position=[0.0, 1.0], phase=["1 forward", "2 update"], categories={"data": [1, 2]}, peak=1),
+    validated_on=("EPYC",),
+    notes=("a rule",),
+)
+ROOFLINE = hardware.Roofline(
+    device="EPYC",
+    threads=2,
+    flops={"matmul.fp32": 8e10},
+    reused_bytes=1.5e10,
+    fresh_bytes=1e9,
+    cached_bytes=2e10,
+    overhead_seconds=5e-6,
+    source="micro-probes",
+)
+DEVICE = hardware.Device(
+    name="t4",
+    title="NVIDIA T4",
+    memory_bytes=16 << 30,
+    bandwidth_bytes=3.2e11,
+    flops={"fp32": 8.1e12},
+    capability="7.5",
+    released=2018,
+    source="https://example.org/t4.pdf",
+)
+TRACE = trace.Trace(
+    storages=trace.Storages(
+        born=[0], dies=[1], fixed_bytes=[4.0], per_sample_bytes=[0.5], category=["parameters"], module=["0"]
+    ),
+    operators=trace.Operators(
+        name=["aten.mm.default"],
+        module=["0"],
+        phase=["forward"],
+        step=[1],
+        reads=[(0,)],
+        writes=[()],
+        kind=["matmul"],
+        dtype=["fp32"],
+        fixed_flops=[2.0],
+        per_sample_flops=[1.0],
+        fixed_moved_bytes=[8.0],
+        per_sample_moved_bytes=[4.0],
+        fixed_scratch_bytes=[0.0],
+        per_sample_scratch_bytes=[0.0],
+        signature=[""],
+    ),
+    rows=(2, 8),
+    how="fake tensors",
+    modules={"0": "Linear"},
+)
+TIMING = latency.Timing(rows=32, seconds=0.01, seconds_spread=0.001, rows_per_second=3200.0, peak_bytes=90 << 20)
+SEEN = script.ScriptMeasurement(
+    command=("python", "train.py"),
+    status=0,
+    seconds=3.5,
+    peak_bytes=1 << 30,
+    optimizers=(script.OptimizerUse(name="AdamW", steps=10, parameter_bytes=4, state_bytes=8, implementation="loop"),),
+    remedies=(script.Remedy(what="fused AdamW", saved_seconds=0.01, code="fused=True"),),
 )
 COLUMN = source.Column(name="colour", kind="category", shape=(), dtype="str", categories=("blue", "rot"), missing=3)
 HARDWARE = hardware.Hardware(
@@ -79,6 +141,27 @@ CANDIDATE = shrunk.Candidate(
 )
 EXAMPLES: tuple[Any, ...] = (
     FOOTPRINT,
+    *DETAILED.modules,
+    DETAILED.timeline,
+    ROOFLINE,
+    DEVICE,
+    TRACE,
+    TRACE.storages,
+    TRACE.operators,
+    TIMING,
+    latency.Latency(
+        path="runs/x/bundle",
+        timings=(TIMING,),
+        peak_bytes=90 << 20,
+        runtime_bytes=60 << 20,
+        loaded_bytes=9 << 20,
+        model_bytes=1 << 20,
+        providers=("CPUExecutionProvider",),
+        threads=None,
+    ),
+    SEEN,
+    *SEEN.optimizers,
+    *SEEN.remedies,
     COLUMN,
     source.Target(name="label", kind="class", classes=("cat", "dog")),
     source.Schema(inputs=(COLUMN,), target=source.Target(name="price", kind="number")),
@@ -125,7 +208,7 @@ EXAMPLES: tuple[Any, ...] = (
 
 
 def records() -> set[Any]:
-    rooms = (footprint, hardware, plan, run, shrunk, source)
+    rooms = (footprint, hardware, latency, plan, run, script, shrunk, source, trace)
     return {
         kind
         for room in rooms

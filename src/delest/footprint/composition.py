@@ -21,12 +21,15 @@ class Lives:
     another storage of its size, which is added to it, while the operator runs that makes it.
     """
 
-    def __init__(self, trace: Trace, *, rows: int, evaluation_rows: int, split: bool = False):
+    def __init__(self, trace: Trace, *, rows: int, evaluation_rows: int, split: bool = False, resident: bool = False):
         storages, operators = trace.storages, trace.operators
         self.count = len(operators)
         self.evaluation = next((k for k, step in enumerate(operators.step) if step == 3), self.count)
         usual, evaluated = storages.sizes(rows), storages.sizes(evaluation_rows)
         self.sizes = [(usual if born < self.evaluation else evaluated)[i] for i, born in enumerate(storages.born)]
+        if resident:  # pages that nobody writes take no memory
+            for number, share in storages.touched.items():
+                self.sizes[number] = round(self.sizes[number] * share)
         self.born, self.dies = list(storages.born), list(storages.dies)
         self.category, self.module = list(storages.category), list(storages.module)
         scratch = operators.scratch_bytes(rows)[: self.evaluation] + operators.scratch_bytes(evaluation_rows)[self.evaluation :]

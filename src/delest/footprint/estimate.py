@@ -20,12 +20,13 @@ from delest.footprint.scratch import scratch
 from delest.footprint.time import step_time
 from delest.hardware.catalogue import find_device, roofline_of
 from delest.hardware.roofline import measure_roofline
-from delest.records.footprint import Footprint
+from delest.records.footprint import PHASES, Footprint
 from delest.records.hardware import Device, Roofline
 from delest.records.trace import Trace
 
 ALLOCATORS = ("glibc", "mmap", "exact", "cuda")
 # Processors and GPUs on which a committed result of benchmarks/footprint.py backs estimates of memory.
+STEPS = ("start", "first_step", "steady_step")
 VALIDATED_ON: tuple[str, ...] = ()
 
 
@@ -83,24 +84,25 @@ def estimate_loop(
     evaluation_rows: Callable[[int], int] | None = None,
     precision: str = "fp32",
     watched: Callable[[], Trace],
-    saving: bool = True,
+    whole: bool = True,
     isolated: bool = True,
 ) -> list[Footprint]:
     """One footprint for each (batch, micro-batch) of `sizes`, all from two traces.
 
     `evaluation_rows` gives those of an evaluation batch for a micro-batch (default: the same). `build` gives the loop for a fake mode. `watched` gives a trace of real steps on few rows, for a model that branches on data;
-    `isolated` says whether it does so in another process. Without `saving` nothing is counted for checkpoints: how a script of
-    the user's own saves and loads is not known.
+    `isolated` says whether it does so in another process. Unless `whole` the peak is that of the steps, and nothing is
+    counted for checkpoints: how a script of the user's own evaluates, saves and loads is not known.
     Raises `BadInput` where the model cannot be built or does not take its inputs.
     """
     with _threads(target.threads):
         growing = len({rows for _, rows in sizes}) > 1 or evaluation_rows is not None
         trace, how = _trace(build, max(rows for _, rows in sizes), target, watched, growing)
         isolated = isolated or how == "trace"
-        trace = replace(trace, precision=precision, state_bytes=trace.state_bytes if saving else 0)
+        trace = replace(trace, precision=precision, state_bytes=trace.state_bytes if whole else 0)
+        phases = PHASES if whole else STEPS
         roofline, runtime = target.roofline(), target.runtime()
         return [
-            replace(_footprint(trace, target, roofline, runtime, batch, rows, (evaluation_rows or int)(rows)), how=how, isolated=isolated)
+            replace(_footprint(trace, target, roofline, runtime, batch, rows, (evaluation_rows or int)(rows), phases), how=how, isolated=isolated)
             for batch, rows in sizes
         ]
 
@@ -127,6 +129,7 @@ def _footprint(
     batch: int,
     rows: int,
     evaluation_rows: int,
+    phases: Sequence[str],
 ) -> Footprint:
     allocator = target.allocator
     found = replay(
@@ -137,6 +140,7 @@ def _footprint(
         batch_size=batch,
         evaluation_rows=evaluation_rows,
         device=target.name,
+        phases=phases,
     )
     predicted = step_time(trace, roofline, rows=rows, parts=-(-batch // rows), allocator=allocator)
     seconds = {name: predicted.modules.get(name) for name in trace.modules}

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from delest import errors
 from delest.footprint.allocators import Allocator, Caching, Exact, Glibc, Mapped
 from delest.footprint.composition import LASTING, Lives, Moment, break_down, draw_timeline, share_out
-from delest.records.footprint import Footprint
+from delest.records.footprint import PHASES, Footprint
 from delest.records.trace import Trace
 
+STEPS = ("start", "first_step", "steady_step", "evaluation")  # the phase of each step of a trace
 KEPT = ("activations", "gradients")  # what waits in a step for its later parts
 
 
@@ -54,6 +55,7 @@ def replay(
     batch_size: int | None = None,
     evaluation_rows: int | None = None,
     device: str = "cpu",
+    phases: Sequence[str] = PHASES,
 ) -> Footprint:
     """Predict the memory of training with `rows` rows at once, in bytes; allocator is `exact`, `mmap`, `glibc` or `cuda`.
 
@@ -66,20 +68,23 @@ def replay(
     - `saving`, `resuming`: what the steps leave and a copy of `state_bytes`, in pieces in proportion to the storages that are
       copied; with `cuda` without the copy, which is in the host's memory.
 
-    The peak is the highest of them. In its breakdown, scratch and what the allocator holds beyond live bytes are temporaries.
+    The peak is the highest of those named in `phases`. In its breakdown, scratch and what the allocator holds beyond live bytes are temporaries.
     Modules' figures are of what lives at the peak. `allocated_bytes` is the highest sum of live bytes (of blocks: `cuda`).
 
     Raises `BadInput` for sizes below 1, a batch smaller than its parts, an allocator that is not known.
     """
     _check(rows, allocator, runtime_bytes, batch_size, evaluation_rows)
     split = batch_size is not None and rows < batch_size
-    lives = Lives(trace, rows=rows, evaluation_rows=evaluation_rows or rows, split=split)
+    resident, evaluation_rows = allocator in ("glibc", "mmap"), evaluation_rows or rows
+    lives = Lives(trace, rows=rows, evaluation_rows=evaluation_rows, split=split, resident=resident)
     simulation, copied_bytes = SIMULATIONS[allocator], 0 if allocator == "cuda" else trace.state_bytes
     runs = [_run(make(), lives, copied_bytes, simulation.scratch_pieces) for make in simulation.allocators]
     run = sorted(runs, key=lambda each: max(each.held))[len(runs) // 2]
     totals = lives.totals()
-    moments, live_bytes = _moments(trace, lives, run, totals), max(totals)
-    peak = max(moments.values(), key=lambda moment: (moment.held_bytes, sum(lives.sizes[i] for i in moment.live)))
+    moments = _moments(trace, lives, run, totals)
+    whole = Lives(trace, rows=rows, evaluation_rows=evaluation_rows, split=split) if trace.storages.touched else lives
+    live_bytes = max(total for total, step in zip(whole.totals(), trace.operators.step, strict=True) if STEPS[step] in phases)
+    peak = max((moment for name, moment in moments.items() if name in phases), key=lambda moment: (moment.held_bytes, sum(lives.sizes[i] for i in moment.live)))
     low = peak.held_bytes * simulation.below
     if allocator == "glibc":  # what lives is known better than what the heap makes of it
         low = max(low, min(live_bytes * SIMULATIONS["exact"].below, peak.held_bytes))
@@ -162,10 +167,10 @@ def _in_proportion(total: int, parts: Sequence[int]) -> list[int]:
 
 def _moments(trace: Trace, lives: Lives, run: _Run, totals: list[int]) -> dict[str, Moment]:
     """The highest moment of each phase that the trace holds; of equally high ones that when most lives."""
-    steps, names = trace.operators.step, {0: "start", 1: "first_step", 2: "steady_step", 3: "evaluation"}
+    steps = trace.operators.step
     highest: dict[str, int] = {}
     for k, step in enumerate(steps):
-        name = names[step]
+        name = STEPS[step]
         best = highest.get(name, k)
         if best == k or (run.held[k], totals[k]) > (run.held[best], totals[best]):
             highest[name] = k

@@ -15,7 +15,7 @@ from torch.nn import functional
 from delest import processes
 from delest.hardware import machine, probes
 
-_MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed blocks go back at once (mallopt(3)), so that only libraries hold on
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed blocks go back at once (mallopt(3)), so that only libraries hold on
 
 
 Build = Callable[[int, int], tuple[nn.Module, torch.Tensor]]
@@ -34,7 +34,7 @@ def measure_runtime(threads: int) -> Runtime:
     key = probes.machine_key(threads)
     kept = probes.kept("runtime", key)
     if not isinstance(kept, dict) or "touched" not in kept:
-        kept = processes.call(f"{__name__}:measure", None, environment={**_MAPPED, "OMP_NUM_THREADS": str(threads)}, threads=threads)
+        kept = processes.call(f"{__name__}:measure", None, environment={**MAPPED, "OMP_NUM_THREADS": str(threads)}, threads=threads)
         probes.keep("runtime", key, kept)
     return Runtime(int(kept["idle"]), int(kept["touched"]))
 

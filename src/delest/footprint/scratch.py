@@ -15,6 +15,7 @@ import torch
 
 from delest import errors, processes, storage
 from delest.backends.torch import kernels
+from delest.footprint.runtime import MAPPED
 from delest.hardware import probes
 
 LARGEST_PROBE_BYTES = 512 << 20  # operands of one call; larger ones are not run
@@ -49,7 +50,7 @@ def _run_apart(signatures: list[str]) -> dict[str, Any]:
             left = [text for text in signatures if text not in found]
             with contextlib.suppress(errors.ProbeFailed):
                 asked: dict[str, Any] = {"signatures": left, "threads": torch.get_num_threads(), "path": str(path)}
-                processes.call("delest.backends.torch.kernels:probe", None, **asked)
+                processes.call("delest.backends.torch.kernels:probe", None, environment=MAPPED, **asked)
             found.update({row["call"]: row["took"] for row in storage.read_lines(path)})
             if len(found) < len(signatures):
                 found[next(text for text in signatures if text not in found)] = None

@@ -37,6 +37,7 @@ class Storages:
     per_sample_bytes: list[float]
     category: list[Category]
     module: list[str]  # dotted name of the module whose forward (or whose backward) made it; "" outside any
+    touched: dict[int, float] = field(default_factory=dict)  # by number, the share that is ever written, where it is not all
 
     def sizes(self, rows: int) -> list[int]:
         """Bytes of each storage with `rows` rows in the micro-batch."""

@@ -305,7 +305,7 @@ def _sweep_module(
         sizes,
         target,
         precision=precision,
-        saving=False,
+        whole=False,
         watched=lambda: watch_loop(lambda: ModuleLoop(program)),
         isolated=False,
     )

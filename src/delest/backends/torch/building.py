@@ -7,6 +7,7 @@ First everything that the constructor makes is fake. One that reads values of it
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,6 +50,18 @@ def _without_values() -> Iterator[None]:
     """What stands in the way of fake tensors although no size depends on it: an initialisation that looks whether its
     values are within bounds, and a conversion of modules that swaps tensors in place."""
     with _replaced(nn.init, _no_grad_trunc_normal_=lambda tensor, *_, **__: tensor), _replaced(nn.Module, _apply=_applying()):
+        yield
+
+
+@contextlib.contextmanager
+def without_packing() -> Iterator[None]:
+    """Let transformers' models take rows for whole sequences, not several packed into one, which they find out by reading
+    positions and otherwise prepare for with a mask."""
+    masks = sys.modules.get("transformers.masking_utils")
+    if not hasattr(masks, "find_packed_sequence_indices"):
+        yield
+        return
+    with _replaced(masks, find_packed_sequence_indices=lambda positions: None):
         yield
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from delest import errors
 from delest.backends.torch import kernels
-from delest.backends.torch.building import all_fake, fake_when_registered
+from delest.backends.torch.building import all_fake, fake_when_registered, without_packing
 from delest.backends.torch.loops import Loop, needs_values, tensors_of
 from delest.backends.torch.model import where
 from delest.backends.torch.recorder import Recorder
@@ -67,7 +67,7 @@ def _record(build: Build, rows: int, real: bool, whole: bool) -> tuple[Recorder,
             failed = error
             continue
         try:
-            with _quiet(), mode:
+            with _quiet(), without_packing(), mode:
                 return _run(loop, rows, whole), how, loop
         except errors.DelestError:
             raise
@@ -141,7 +141,7 @@ def _merge(
         notes.append(f"{unseen} calls of kernels could not be run alone: their own scratch memory is not counted")
     scratch = [_line([_bytes_of(found, text) for text in pair], SCRATCH_ROWS) for pair in signatures]
     fixed, each = _storage_lines(small, large, sizes, alike)
-    _correct_outputs(large, signatures, found, fixed, each)
+    touched = _correct_outputs(large, signatures, found, fixed, each)
     flops = _cost_lines(small, large, sizes, alike, 2)
     moved = _cost_lines(small, large, sizes, alike, 3)
     count, rows = len(large.rows), large.rows
@@ -153,6 +153,7 @@ def _merge(
             per_sample_bytes=each,
             category=large.category,
             module=large.storage_module,
+            touched=touched,
         ),
         operators=Operators(
             name=[row[0] for row in rows],
@@ -229,8 +230,10 @@ def _correct_outputs(
     found: dict[str, dict[str, Any]],
     fixed: list[float],
     each: list[float],
-) -> None:
-    """Outputs that have no size under fake tensors (workspaces of recurrent layers) get that of the probe."""
+) -> dict[int, float]:
+    """Outputs that have no size under fake tensors (workspaces of recurrent layers) get that of the probe; gives the share
+    of them that is written."""
+    touched: dict[int, float] = {}
     for row, pair in zip(large.rows, signatures, strict=True):
         known = [found.get(text or "") for text in pair]
         if known[0] is None or known[1] is None:
@@ -243,3 +246,6 @@ def _correct_outputs(
             for number, pair_of_bytes in zip(row[5], zip(*ends, strict=True), strict=True):
                 if number in empty:
                     fixed[number], each[number] = _line(list(pair_of_bytes), SCRATCH_ROWS)
+                    if "touched" in known[1]:
+                        touched[number] = known[1]["touched"]
+    return touched
