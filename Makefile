@@ -6,7 +6,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 BENCH := .venv-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench clean
+.PHONY: help demo test test-slow test-hooks check bench clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test: $(READY)  ## the core tests
 test-slow: $(READY)  ## all tests, every example whole
 	$(PYTEST)
 
+test-hooks: $(BENCH)/.ready  ## tests with Lightning and transformers, in an environment of their own
+	DELEST_HOOKS=1 OMP_NUM_THREADS=1 $(BENCH)/bin/python -m pytest -n 2 --dist loadfile tests/hooks
+
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,13 +42,17 @@ check: $(READY)  ## style and types
 $(BENCH)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/pip install -q -c constraints.txt torch
-	$(BENCH)/bin/pip install -q -c constraints.txt -e '.[dev,lightning]'
+	$(BENCH)/bin/pip install -q -c constraints.txt -e '.[dev,lightning,transformers]' torch-kitsune
 	@touch $@
 
-bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmarks/results (CIFAR10=FOLDER for its row)
+bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmarks/results (CIFAR10=FOLDER and PUBLISHED=CSV for theirs)
 	$(BENCH)/bin/python benchmarks/startup.py
 	$(BENCH)/bin/python benchmarks/run.py $(if $(CIFAR10),--cifar10 $(CIFAR10))
 	$(BENCH)/bin/python benchmarks/digits.py
+	$(BENCH)/bin/python benchmarks/footprint.py
+	$(BENCH)/bin/python benchmarks/step_time.py
+	$(BENCH)/bin/python benchmarks/measure_scripts.py
+	$(if $(PUBLISHED),$(BENCH)/bin/python benchmarks/published.py --data $(PUBLISHED))
 
 clean:  ## remove the virtual environment and what tools leave behind; runs stay
 	rm -rf .venv $(BENCH) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,8 +3,9 @@
     python footprint_estimate.py CASE [ALLOCATOR ...]
 
 For each allocator (mmap, glibc, exact), in the order given, the bytes above the runtime with their interval, and the seconds that the
-estimate took by the clock and of the processor; imports are not counted. `resident_bytes` is the most that this process ever held, imports included. Beside the zoo's
-cases there is `llama-8b-4096`: a model of 8 billion parameters on 4,096 tokens, which nothing here could hold.
+estimate took by the clock and of the processor; imports are not counted. `resident_bytes` is the most that this process ever held,
+imports included. Beside the zoo's cases there is `llama-8b-4096`: a model of 8 billion parameters on 4,096 tokens, which nothing here
+could hold.
 """
 
 from __future__ import annotations

@@ -146,7 +146,9 @@ def test_the_state_of_an_optimizer_is_seen_in_the_second_step_only() -> None:
     found = trace(mlp, torch.zeros(4, 10), 4, optimizer=lambda parameters: torch.optim.AdamW(parameters, foreach=True))
     steps = found.operators.step
     born = [
-        steps[at] for at, kind in zip(found.storages.born, found.storages.category, strict=True) if kind == "optimizer" and at < len(steps)
+        steps[at]
+        for at, kind in zip(found.storages.born, found.storages.category, strict=True)
+        if kind == "optimizer" and at < len(steps)
     ]
     assert set(born) == {1}
     assert {3} <= set(steps)  # and an evaluation follows

@@ -14,7 +14,6 @@ import delest
 from delest import cli, errors
 
 
-
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8))
 
@@ -28,8 +27,16 @@ def npz(tmp_path: Path) -> Path:
 
 
 def test_any_module_is_estimated() -> None:
-    found = delest.estimate(mlp, torch.zeros(32, 64), targets=torch.zeros(32, dtype=torch.int64), loss=nn.functional.cross_entropy)
-    assert (found.basis, found.how, found.device, found.allocator, found.batch_size) == ("estimate", "trace", "cpu", "glibc", 32)
+    found = delest.estimate(
+        mlp, torch.zeros(32, 64), targets=torch.zeros(32, dtype=torch.int64), loss=nn.functional.cross_entropy
+    )
+    assert (found.basis, found.how, found.device, found.allocator, found.batch_size) == (
+        "estimate",
+        "trace",
+        "cpu",
+        "glibc",
+        32,
+    )
     assert found.low_bytes <= found.peak_bytes <= found.high_bytes
     assert sum(found.breakdown.values()) == found.peak_bytes
     weights = 4 * (64 * 256 + 256 + 256 * 8 + 8)
@@ -43,7 +50,8 @@ def test_any_module_is_estimated() -> None:
 
 def test_optimizers_differ_by_their_state() -> None:
     peaks = {
-        name: delest.estimate(mlp, torch.zeros(4, 64), optimizer=name, allocator="exact").peak_bytes for name in ("sgd", "adamw")
+        name: delest.estimate(mlp, torch.zeros(4, 64), optimizer=name, allocator="exact").peak_bytes
+        for name in ("sgd", "adamw")
     }
     assert peaks["adamw"] > peaks["sgd"]
 

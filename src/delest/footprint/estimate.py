@@ -102,7 +102,11 @@ def estimate_loop(
         phases = PHASES if whole else STEPS
         roofline, runtime = target.roofline(), target.runtime()
         return [
-            replace(_footprint(trace, target, roofline, runtime, batch, rows, (evaluation_rows or int)(rows), phases), how=how, isolated=isolated)
+            replace(
+                _footprint(trace, target, roofline, runtime, batch, rows, (evaluation_rows or int)(rows), phases),
+                how=how,
+                isolated=isolated,
+            )
             for batch, rows in sizes
         ]
 
@@ -157,7 +161,6 @@ def _footprint(
         flops=predicted.flops,
         utilisation=predicted.utilisation,
         validated_on=validated,
-        notes=(*found.notes, *trace.notes),
     )
 
 
@@ -170,4 +173,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-

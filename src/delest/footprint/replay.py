@@ -84,7 +84,10 @@ def replay(
     moments = _moments(trace, lives, run, totals)
     whole = Lives(trace, rows=rows, evaluation_rows=evaluation_rows, split=split) if trace.storages.touched else lives
     live_bytes = max(total for total, step in zip(whole.totals(), trace.operators.step, strict=True) if STEPS[step] in phases)
-    peak = max((moment for name, moment in moments.items() if name in phases), key=lambda moment: (moment.held_bytes, sum(lives.sizes[i] for i in moment.live)))
+    peak = max(
+        (moment for name, moment in moments.items() if name in phases),
+        key=lambda moment: (moment.held_bytes, sum(lives.sizes[i] for i in moment.live)),
+    )
     low = peak.held_bytes * simulation.below
     if allocator == "glibc":  # what lives is known better than what the heap makes of it
         low = max(low, min(live_bytes * SIMULATIONS["exact"].below, peak.held_bytes))

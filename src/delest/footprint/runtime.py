@@ -34,7 +34,9 @@ def measure_runtime(threads: int) -> Runtime:
     key = probes.machine_key(threads)
     kept = probes.kept("runtime", key)
     if not isinstance(kept, dict) or "touched" not in kept:
-        kept = processes.call(f"{__name__}:measure", None, environment={**MAPPED, "OMP_NUM_THREADS": str(threads)}, threads=threads)
+        kept = processes.call(
+            f"{__name__}:measure", None, environment={**MAPPED, "OMP_NUM_THREADS": str(threads)}, threads=threads
+        )
         probes.keep("runtime", key, kept)
     return Runtime(int(kept["idle"]), int(kept["touched"]))
 
@@ -46,16 +48,18 @@ def measure(threads: int) -> dict[str, Any]:
     torch's allocator had given out meanwhile.
     """
     torch.set_num_threads(threads)
-    for build, size, side in ((_convolutional, 8, 16), (_attending, 16, 8)):
-        _train(build, size, side)
+    tiny: list[tuple[Build, int, int]] = [(_convolutional, 8, 16), (_attending, 16, 8)]
+    middling: list[tuple[Build, int, int]] = [(_convolutional, 64, 64), (_attending, 256, 128), (_dense, 64, 64)]
+    for network in tiny:
+        _train(*network)
     idle, touched = _settled(), 0
-    for build, size, side in ((_convolutional, 64, 64), (_attending, 256, 128), (_dense, 64, 64)):
+    for network in middling:
         before = _settled()
         machine.reset_peak()
-        _train(build, size, side)
+        _train(*network)
         grown = machine.peak_resident_bytes() - before
         _settled()
-        touched += max(0, grown - _allocated(build, size, side))
+        touched += max(0, grown - _allocated(*network))
     return {"idle": idle, "touched": touched}
 
 

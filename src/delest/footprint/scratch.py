@@ -18,7 +18,9 @@ from delest.backends.torch import kernels
 from delest.footprint.runtime import MAPPED
 from delest.hardware import probes
 
-LARGEST_PROBE_BYTES = 512 << 20  # operands of one call; larger ones are not run
+# Operands of one call; larger ones are not run. Only convolutions and recurrent layers take much for themselves.
+LARGEST_BYTES, LARGEST_LAYER_BYTES = 64 << 20, 512 << 20
+_LAYERS = ("convolution", "rnn")
 
 
 def scratch(signatures: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -29,11 +31,16 @@ def scratch(signatures: Iterable[str]) -> dict[str, dict[str, Any]]:
     wanted = [text for text in dict.fromkeys(signatures) if text]
     key = probes.machine_key(torch.get_num_threads())
     known = _kept(key)
-    missing = [text for text in wanted if text not in known and kernels.operand_bytes(text) <= LARGEST_PROBE_BYTES]
+    missing = [text for text in wanted if text not in known and _is_small(text)]
     if missing:
         known = {**_kept(key), **_run_apart(missing)}
         probes.keep("kernels", key, known)
     return {text: known[text] for text in wanted if known.get(text)}
+
+
+def _is_small(text: str) -> bool:
+    limit = LARGEST_LAYER_BYTES if any(layer in text for layer in _LAYERS) else LARGEST_BYTES
+    return kernels.operand_bytes(text) <= limit
 
 
 def _kept(key: list[Any]) -> dict[str, Any]:

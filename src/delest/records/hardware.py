@@ -38,7 +38,9 @@ class Roofline:
 
     device: str
     threads: int | None = None
-    flops: dict[str, float]  # a second, by kind and format: "matmul.fp32", "convolution.bf16", "depthwise.fp32", "attention.fp16"
+    flops: dict[
+        str, float
+    ]  # a second, by kind and format: "matmul.fp32", "convolution.bf16", "depthwise.fp32", "attention.fp16"
     reused_bytes: float  # a second, read and written together, of memory that was touched before (beyond the caches)
     fresh_bytes: float  # a second, written, into memory that the system has just given (page faults; equal to reused on a GPU)
     cached_bytes: float  # a second, of operands that fit the last cache

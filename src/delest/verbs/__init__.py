@@ -14,8 +14,20 @@ if TYPE_CHECKING:
     from delest.training.progress import Progress
 
 __all__ = [
-    *("doctor", "estimate", "inspect", "measure", "measure_script", "plan", "predict", "progress", "report", "run"),
-    *("read_budget", "shrink", "sweep", "train"),
+    "doctor",
+    "estimate",
+    "inspect",
+    "measure",
+    "measure_script",
+    "plan",
+    "predict",
+    "progress",
+    "read_budget",
+    "report",
+    "run",
+    "shrink",
+    "sweep",
+    "train",
 ]
 
 

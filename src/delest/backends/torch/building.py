@@ -36,7 +36,10 @@ def fake_when_registered(mode: Any) -> Iterator[None]:
     def register_buffer(self: nn.Module, name: str, tensor: Any, persistent: bool = True) -> None:
         originals["register_buffer"](self, name, _faked(mode, tensor), persistent)
 
-    originals = {"register_parameter": nn.Module.register_parameter, "register_buffer": nn.Module.register_buffer}
+    originals: dict[str, Any] = {
+        "register_parameter": nn.Module.register_parameter,
+        "register_buffer": nn.Module.register_buffer,
+    }
     with _without_values(), _replaced(nn.Module, register_parameter=register_parameter, register_buffer=register_buffer):
         yield
 

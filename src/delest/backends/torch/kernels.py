@@ -21,15 +21,19 @@ from delest import storage
 _PLAIN = (  # nothing beyond their outputs
     "empty", "zeros", "ones", "full", "arange", "copy_", "_to_copy", "clone", "fill_", "zero_", "_foreach", "_fused_",
     "lift_fresh", "scalar_tensor", "new_", "normal", "uniform", "bernoulli", "native_dropout", "_local_scalar_dense",
+    "_unsafe_view", "as_strided_", "rand", "tril", "triu",
 )  # fmt: skip
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)  # in fp32 their buffers are the library's own
 
 
 def signature(func: Any, args: Any, kwargs: Any) -> str:
     """The call as JSON that `probe` can repeat, "" for operators that need no probe (views, elementwise, copies)."""
-    if not _is_opaque(func):
+    if not _is_opaque(func) or (func in _PRODUCTS and args[-1].dtype == torch.float32):
         return ""
     try:
-        return json.dumps([str(func), [_plain(value) for value in args], {name: _plain(value) for name, value in kwargs.items()}])
+        return json.dumps(
+            [str(func), [_plain(value) for value in args], {name: _plain(value) for name, value in kwargs.items()}]
+        )
     except TypeError:
         return ""
 
@@ -180,7 +184,9 @@ def _recurrent_workspace(given: list[Any]) -> Tensor:
     reverse, mode, hidden_size, layers, biases, train, both, sizes, batch_first = given[13:22]
     forward = torch.ops.aten.mkldnn_rnn_layer.default
     with torch.enable_grad():
-        return forward(inputs, *weights, hidden, cell, reverse, sizes, mode, hidden_size, layers, biases, both, batch_first, train)[3]
+        return forward(
+            inputs, *weights, hidden, cell, reverse, sizes, mode, hidden_size, layers, biases, both, batch_first, train
+        )[3]
 
 
 def _real(value: Any) -> Any:

@@ -99,7 +99,9 @@ class Program:
     def rows(self) -> int:
         tensors = tensors_of([self.inputs, self.targets])
         if not tensors or tensors[0].ndim == 0:
-            raise errors.BadInput("inputs hold no tensor with a batch dimension: give a tensor, a tuple or a mapping of tensors.")
+            raise errors.BadInput(
+                "inputs hold no tensor with a batch dimension: give a tensor, a tuple or a mapping of tensors."
+            )
         return len(tensors[0])
 
 
@@ -179,7 +181,12 @@ def _built(factory: Any) -> nn.Module:
 def needs_values(error: BaseException) -> bool:
     """Whether an error says that fake tensors have no values to read, rather than that something is wrong."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    wanted = {"DataDependentOutputException", "DynamicOutputShapeException", "UnsupportedOperatorException", "UnsupportedFakeTensorException"}
+    wanted = {
+        "DataDependentOutputException",
+        "DynamicOutputShapeException",
+        "UnsupportedOperatorException",
+        "UnsupportedFakeTensorException",
+    }
     if names & wanted:
         return True
     text = str(error)
@@ -208,9 +215,9 @@ def _optimizer(asked: Any, model: nn.Module, implementation: dict[str, bool]) ->
     if asked is None or isinstance(asked, str):
         name = (asked or "adamw").lower()
         kind = optimizers_of_recipes._class(name)
-        settings: dict[str, Any] = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        settings: dict[str, Any] = {"lr": 1e-3, **({"momentum": 0.9} if kind is torch.optim.SGD else {}), **implementation}
         try:
-            return kind(parameters, lr=1e-3, **settings, **implementation)
+            return kind(parameters, **settings)
         except TypeError as error:
             raise errors.BadInput(f"the optimizer {name} cannot be built so: {error}.") from None
     try:
@@ -261,4 +268,3 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_cast(item, dtype) for item in value)
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-

@@ -24,11 +24,16 @@ from delest.records.trace import Category, Phase
 _FOR_EVER = 1 << 60
 
 
+class NoUpdate(Exception):
+    """A recording ends where the first update would begin."""
+
+
 class Recorder(TorchDispatchMode):
     """Fills the columns of a `Trace` while it is entered. `phase` and `step` are set by whoever drives the loop."""
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module | None = None, *, updates: bool = True) -> None:
         super().__init__()
+        self._updates = updates
         self.phase: Phase = "start"
         self.step = 0
         self.born: list[int] = []
@@ -69,7 +74,9 @@ class Recorder(TorchDispatchMode):
             self.register((grad for grad in grads if grad is not None), "gradients", name)
 
     def register_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        owners = {id(parameter): name for name, module in model.named_modules() for parameter in module.parameters(recurse=False)}
+        owners = {
+            id(parameter): name for name, module in model.named_modules() for parameter in module.parameters(recurse=False)
+        }
         for parameter, state in optimizer.state.items():
             tensors = (value for value in tree_leaves(state) if isinstance(value, Tensor))
             self.register(tensors, "optimizer", owners.get(id(parameter), ""))
@@ -142,7 +149,9 @@ class Recorder(TorchDispatchMode):
         self.step, self.phase, self._forward_from = step, phase, len(self.rows)
 
     def update(self) -> None:
-        """The gradients are complete; what follows is the optimizer's."""
+        """The gradients are complete; what follows is the optimizer's. Raises `NoUpdate` where that is not wanted."""
+        if not self._updates:
+            raise NoUpdate
         self.phase = "update"
         if self._model is not None:
             self.register_gradients(self._model)
@@ -191,4 +200,3 @@ def _dense(tensor: Tensor) -> tuple[Tensor, ...]:
     if tensor.layout == torch.sparse_coo:
         return (tensor._indices(), tensor._values())
     return ()
-

@@ -13,7 +13,7 @@ from delest.backends.torch import kernels
 from delest.backends.torch.building import all_fake, fake_when_registered, without_packing
 from delest.backends.torch.loops import Loop, needs_values, tensors_of
 from delest.backends.torch.model import where
-from delest.backends.torch.recorder import Recorder
+from delest.backends.torch.recorder import NoUpdate, Recorder
 from delest.records.trace import Operators, Storages, Trace
 
 Scratch = Callable[[Iterable[str]], dict[str, dict[str, Any]]]  # what calls take, by signature
@@ -54,7 +54,10 @@ def _record(build: Build, rows: int, real: bool, whole: bool) -> tuple[Recorder,
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     failed: BaseException | None = None
-    for how, building in (("fake tensors", all_fake), ("real tensors, each made fake when a module took it", fake_when_registered)):
+    for how, building in (
+        ("fake tensors", all_fake),
+        ("real tensors, each made fake when a module took it", fake_when_registered),
+    ):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         try:
             with building(mode):
@@ -79,10 +82,9 @@ def _record(build: Build, rows: int, real: bool, whole: bool) -> tuple[Recorder,
 
 
 def _run(loop: Loop, rows: int, whole: bool) -> Recorder:
-    """Two steps and an evaluation; one step alone unless `whole`, which is enough to see how sizes depend on the rows."""
+    """Two steps and an evaluation; unless `whole` one forward and backward pass, enough to see how sizes depend on the rows."""
     batch = loop.batch(rows)
-    recorder = Recorder(loop.model)
-    gc.collect()
+    recorder = Recorder(loop.model, updates=whole)
     gc.freeze()  # collections that come by themselves then pass over all that was there before
     try:
         with recorder:
@@ -99,6 +101,8 @@ def _run(loop: Loop, rows: int, whole: bool) -> Recorder:
                 gc.collect()
                 recorder.begin(3, "evaluation")
                 loop.evaluate(batch)
+    except NoUpdate:
+        pass
     finally:
         gc.unfreeze()
     return recorder
@@ -125,9 +129,7 @@ def _words(loop: Loop, rows: int, mode: Any) -> str:
 # Two recordings into one trace
 
 
-def _merge(
-    small: Recorder, large: Recorder, sizes: tuple[int, int], loop: Loop, how: str, scratch_of: Scratch
-) -> Trace:
+def _merge(small: Recorder, large: Recorder, sizes: tuple[int, int], loop: Loop, how: str, scratch_of: Scratch) -> Trace:
     """Figures as a fixed part and a part for each row; where the two recordings do not tell the same story, those of
     the larger one with the whole of what is no weight in proportion to the rows."""
     notes: list[str] = []
@@ -138,7 +140,9 @@ def _merge(
     found = scratch_of(text for pair in signatures for text in pair if text)
     unseen = sum(1 for pair in signatures if pair[0] and pair[0] not in found)
     if unseen:
-        notes.append(f"{unseen} calls of kernels could not be run alone: their own scratch memory is not counted")
+        notes.append(
+            f"{unseen} calls of kernels were too large to be run alone, or could not be: their own scratch memory is not counted"
+        )
     scratch = [_line([_bytes_of(found, text) for text in pair], SCRATCH_ROWS) for pair in signatures]
     fixed, each = _storage_lines(small, large, sizes, alike)
     touched = _correct_outputs(large, signatures, found, fixed, each)
@@ -175,7 +179,9 @@ def _merge(
         rows=sizes,
         how=how,
         optimizer="+".join(type(optimizer).__name__ for optimizer in loop.optimizers),
-        state_bytes=sum(large.bytes[i] for i, kind in enumerate(large.category) if kind in ("parameters", "buffers", "optimizer")),
+        state_bytes=sum(
+            large.bytes[i] for i, kind in enumerate(large.category) if kind in ("parameters", "buffers", "optimizer")
+        ),
         modules={name: type(module).__name__ for name, module in loop.model.named_modules()},
         notes=tuple(notes),
     )
@@ -201,7 +207,9 @@ def _storage_lines(small: Recorder, large: Recorder, sizes: tuple[int, int], ali
     return [line[0] for line in lines], [line[1] for line in lines]
 
 
-def _cost_lines(small: Recorder, large: Recorder, sizes: tuple[int, int], alike: bool, column: int) -> list[tuple[float, float]]:
+def _cost_lines(
+    small: Recorder, large: Recorder, sizes: tuple[int, int], alike: bool, column: int
+) -> list[tuple[float, float]]:
     if alike:
         return [_line([a[6][column], b[6][column]], sizes) for a, b in zip(small.rows, large.rows, strict=True)]
     if small.step == 1:
