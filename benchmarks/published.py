@@ -5,7 +5,7 @@
 The table is of 210 published measurements; here are those on one GPU that are graded A or A- for memory (training steps, and
 single operators as a second group) or for step time. Each row is built with its model's dimensions, traced on fake tensors within
 `as_cuda`, replayed and timed (docs/methods.md says what is assumed). What a number includes differs: `max_memory_allocated`, or
-all that the driver shows. Step times are predicted at a device's efficiencies, set from its first two rows in file order; those are
+all that the driver shows. Step times are predicted at a device's efficiency, set from its first two rows in file order; those are
 listed apart and not counted. Rows that lack a field are listed with it. A complete table is also written into docs/methods.md.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-import math
 import re
 import statistics
 import sys
@@ -23,7 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import published_rows
 import results_file
 from published_rows import Row, RowLoop
@@ -42,11 +40,6 @@ GOOD = ("A", "A-")
 FIRST = 2  # rows of a device that set its factor
 LEAST_ROWS = 3  # that are traced: one row alone takes other paths through the framework
 MEDIAN_BYTES, WORST_BYTES, MEDIAN_SECONDS = 0.08, 0.20, 0.30
-# Standard deviations of the logarithm of what a device reaches over the default efficiencies, by the ranges that `roofline_of`
-# states for them: 60 to 87 % for matrix products about 70, 50 to 73 % for attention about 50, 90 % of the bandwidth and less about
-# 80, 5 to 10 microseconds a kernel about 7; convolutions and depthwise ones are assumptions there, so they may be far off.
-SPREADS = {"matmul": 0.2, "attention": 0.3, "memory": 0.2, "overhead": 0.3, "convolution": 0.5, "depthwise": 1.0}
-NOISE = 0.1  # of published seconds about a model that is right
 METHODS = Path(__file__).parent.parent / "docs" / "methods.md"
 BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"  # the table between them is written anew
 _NOT_IN_A_TRACE = ("row", "batch_per_gpu", "grad_accum", "compile", "notes", "source_path", "source_date", "framework")
@@ -74,7 +67,6 @@ def main() -> None:
     show(in_order, bounds)
     if bounds:
         write_table(in_order)
-        print(f"step time with one factor a device for all kinds: median {one_factor_median(in_order):.1%}")
     print(f"written to {path}")
 
 
@@ -117,7 +109,7 @@ def predict(row: Row, considered: Sequence[Row]) -> dict[str, Any]:
         told |= _compare("bytes", predicted_bytes(row, trace, device, count), float(row["mem_gib"]) * 2**30)
         told["counted_as"] = row["mem_kind"]
     if row["time_grade"] in GOOD:
-        told |= {"parts": predicted_parts(row, trace, device, count), "published_seconds": float(row["step_time_s"])}
+        told |= {"plain_seconds": predicted_seconds(row, trace, device, count), "published_seconds": float(row["step_time_s"])}
     return told
 
 
@@ -164,27 +156,21 @@ def predicted_bytes(row: Row, trace: Trace, device: Device, count: int) -> int:
     return found
 
 
-def predicted_parts(row: Row, trace: Trace, device: Device, count: int) -> dict[str, float]:
-    """Seconds of the part of a step that the row timed, at the default efficiencies, by what an efficiency stands for.
+def predicted_seconds(row: Row, trace: Trace, device: Device, count: int) -> float:
+    """Of the part of a step that the row timed, at the default efficiencies.
 
     Scratch is written and read once besides, by kernels of its own.
     """
     roofline, operators = _roofline(row, device), trace.operators
-    kernels = dataclasses.replace(roofline, overhead_seconds=0.0)
-    unbounded = dict.fromkeys(("reused_bytes", "fresh_bytes", "cached_bytes"), math.inf)
-    whole = operator_seconds(trace, kernels, rows=count, allocator="cuda")
-    arithmetic = operator_seconds(trace, dataclasses.replace(kernels, **unbounded), rows=count, allocator="cuda")
-    scratch = operators.scratch_bytes(count)
-    parts = dict.fromkeys(SPREADS, 0.0)
-    for k, (kind, phase, step) in enumerate(zip(operators.kind, operators.phase, operators.step, strict=True)):
-        if step != STEADY or kind == "view":
-            continue
-        share = published_rows.updates_in_step(row) if phase == "update" else 1.0
-        bound = kind if kind == "depthwise" or (kind in SPREADS and arithmetic[k] >= whole[k]) else "memory"
-        parts[bound] += share * whole[k]
-        parts["memory"] += share * 2 * scratch[k] / roofline.reused_bytes
-        parts["overhead"] += share * roofline.overhead_seconds
-    return parts
+    seconds = operator_seconds(trace, roofline, rows=count, allocator="cuda")
+    shares = {"forward": 1.0, "backward": 1.0, "update": published_rows.updates_in_step(row)}
+    return sum(
+        shares[phase] * (own + 2 * scratch / roofline.reused_bytes)
+        for own, scratch, phase, step in zip(
+            seconds, operators.scratch_bytes(count), operators.phase, operators.step, strict=True
+        )
+        if step == STEADY
+    )
 
 
 def _roofline(row: Row, device: Device) -> Roofline:
@@ -194,47 +180,21 @@ def _roofline(row: Row, device: Device) -> Roofline:
 
 
 def apply_factors(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Correct predicted seconds by their device's factors, which its first rows set."""
+    """Correct predicted seconds by their device's factor: the geometric mean of published over predicted in its first rows."""
     timed: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if "parts" in row:
+        if "plain_seconds" in row:
             timed.setdefault(row["device"], []).append(row)
-    factors = {device: fit_factors(of_device[:FIRST]) for device, of_device in timed.items()}
     found = []
     for row in rows:
-        if "parts" in row:
-            known = factors[row["device"]]
-            seconds = sum(known[kind] * part for kind, part in row["parts"].items())
-            sets = any(row is one for one in timed[row["device"]][:FIRST])
-            row = {**row, "factors": known, "sets_the_factors": sets} | _compare("seconds", seconds, row["published_seconds"])
+        if "plain_seconds" in row:
+            first = timed[row["device"]][:FIRST]
+            factor = statistics.geometric_mean(one["published_seconds"] / one["plain_seconds"] for one in first)
+            row = {**row, "factor": factor, "sets_the_factor": any(row is one for one in first)} | _compare(
+                "seconds", factor * row["plain_seconds"], row["published_seconds"]
+            )
         found.append(row)
     return found
-
-
-def fit_factors(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The factor of each kind's seconds that makes the rows likeliest, where factors are log-normal about 1 with `SPREADS` and
-    published seconds about the predicted ones with `NOISE`. Gauss and Newton's method on the logarithms."""
-    kinds = list(SPREADS)
-    parts = np.array([[row["parts"][kind] for kind in kinds] for row in rows])
-    published, spreads = np.array([row["published_seconds"] for row in rows]), np.array([SPREADS[kind] for kind in kinds])
-    logarithms = np.zeros(len(kinds))
-    for _ in range(50):
-        seconds = parts * np.exp(logarithms)
-        total = seconds.sum(1, keepdims=True)
-        off = np.concatenate([(np.log(total[:, 0]) - np.log(published)) / NOISE, logarithms / spreads])
-        slope = np.concatenate([seconds / total / NOISE, np.diag(1 / spreads)])
-        logarithms = logarithms - 0.5 * np.linalg.lstsq(slope, off, rcond=None)[0]
-    return {kind: float(factor) for kind, factor in zip(kinds, np.exp(logarithms), strict=True)}
-
-
-def one_factor_median(rows: Sequence[dict[str, Any]]) -> float:
-    """Median error of step time were one factor to stand for all kinds: shown beside, to tell what the kinds bring."""
-    timed: dict[str, list[float]] = {}
-    for row in rows:
-        if "parts" in row:
-            timed.setdefault(row["device"], []).append(math.log(sum(row["parts"].values()) / row["published_seconds"]))
-    off = [one - statistics.fmean(all_of[:FIRST]) for all_of in timed.values() for one in all_of[FIRST:]]
-    return statistics.median(abs(math.expm1(one)) for one in off)
 
 
 def bounds_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -247,7 +207,7 @@ def bounds_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             ),
             results_file.bound_at_most(f"memory, {group} rows, worst", max(errors), WORST_BYTES),
         ]
-    errors = [abs(row["seconds_error"]) for row in rows if "seconds_error" in row and not row["sets_the_factors"]]
+    errors = [abs(row["seconds_error"]) for row in rows if "seconds_error" in row and not row["sets_the_factor"]]
     name = f"step time, median of {len(errors)} rows that set no factor"
     return [*bounds, results_file.bound_at_most(name, statistics.median(errors), MEDIAN_SECONDS)]
 
@@ -268,7 +228,7 @@ def write_table(rows: Sequence[dict[str, Any]], path: Path = METHODS) -> None:
                 f"{row['bytes_error']:+.1%}"
             ]
         if "seconds_error" in row:
-            error = "sets the factors" if row["sets_the_factors"] else f"{row['seconds_error']:+.1%}"
+            error = "sets the factor" if row["sets_the_factor"] else f"{row['seconds_error']:+.1%}"
             cells[3:] = [f"{row[f'{which}_seconds']:.4f}" for which in ("predicted", "published")] + [error]
         lines.append(f"| {row['line']} | {what} | {row['device']} | " + " | ".join(cells) + " |")
     before, _, rest = path.read_text().partition(BEGIN)
@@ -287,7 +247,7 @@ def show(rows: Sequence[dict[str, Any]], bounds: Sequence[dict[str, Any]]) -> No
         line += f"{memory[0]:14.2f}{memory[1]:11.2f}{row['bytes_error']:+8.1%}" if memory else " " * 33
         if "seconds_error" in row:
             line += f"{row['predicted_seconds']:13.4f}{row['published_seconds']:11.4f}{row['seconds_error']:+8.1%}"
-            line += " sets the factors" if row["sets_the_factors"] else ""
+            line += " sets the factor" if row["sets_the_factor"] else ""
         print(line)
     for bound in bounds:
         print(f"{bound['name']}: {bound['value']:.1%}, at most {bound['bound']:.0%}: {'kept' if bound['ok'] else 'NOT KEPT'}")

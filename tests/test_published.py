@@ -105,36 +105,18 @@ def test_rows_that_lack_a_field_are_told_with_it() -> None:
     assert published.predict(told, [told])["missing"] == ["batch_per_gpu"]
 
 
-def timed(device: str, published_seconds: float, **parts: float) -> dict[str, Any]:
-    return {
-        "device": device,
-        "published_seconds": published_seconds,
-        "parts": {**dict.fromkeys(published.SPREADS, 0.0), **parts},
-    }
+def timed(device: str, predicted: float, published_seconds: float) -> dict[str, Any]:
+    return {"device": device, "plain_seconds": predicted, "published_seconds": published_seconds}
 
 
-def test_factors_are_set_by_the_first_two_rows_and_counted_on_the_others() -> None:
-    rows = [timed("a", 2.0, matmul=2.0), timed("b", 3.0, matmul=1.0), timed("a", 1.0, memory=1.0), timed("a", 6.0, memory=3.0)]
+def test_a_factor_is_set_by_the_first_two_rows_and_counted_on_the_others() -> None:
+    rows = [timed("a", 1.0, 2.0), timed("b", 1.0, 3.0), timed("a", 1.0, 8.0), timed("a", 2.0, 4.0)]
     once = published.apply_factors(rows)
-    assert [one["sets_the_factors"] for one in once] == [True, True, True, False]
-    assert once[3]["predicted_seconds"] == pytest.approx(3.0)
-    assert once[3]["seconds_error"] == pytest.approx(-0.5)
+    assert [one["sets_the_factor"] for one in once] == [True, True, True, False]
+    assert once[3]["factor"] == pytest.approx(4.0)
+    assert once[3]["predicted_seconds"] == pytest.approx(8.0)
+    assert once[3]["seconds_error"] == pytest.approx(1.0)
     assert published.apply_factors(once) == once
-
-
-def test_a_miss_is_laid_to_what_is_least_known() -> None:
-    found = published.fit_factors([timed("a", 4.0, matmul=1.0, depthwise=1.0)])
-    assert found["depthwise"] > 2.5 * found["matmul"] > 2.5
-    assert found["attention"] == pytest.approx(1.0)
-    # With one kind alone the answer is the mean of what was known and what was seen, weighed by their precision.
-    alone = published.fit_factors([timed("a", 2.0, matmul=1.0)])["matmul"]
-    weight = published.SPREADS["matmul"] ** 2 / (published.SPREADS["matmul"] ** 2 + published.NOISE**2)
-    assert alone == pytest.approx(2.0**weight, rel=1e-6)
-
-
-def test_one_factor_for_all_kinds_is_the_mean_of_the_first_two() -> None:
-    rows = [timed("a", 2.0, matmul=1.0), timed("a", 8.0, matmul=1.0), timed("a", 2.0, memory=1.0)]
-    assert published.one_factor_median(rows) == pytest.approx(1.0)
 
 
 def test_versions_of_pytorch_are_read_from_the_row() -> None:

@@ -13,12 +13,14 @@ _HOMES = {
         "delest.verbs",
     ),
     **dict.fromkeys(("Job", "Recipe", "Split"), "delest.job"),
+    **dict.fromkeys(("BadInput", "NothingFits"), "delest.errors"),
     "synthetic": "delest.data",
 }
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
     from delest.data import synthetic as synthetic
+    from delest.errors import BadInput as BadInput, NothingFits as NothingFits
     from delest.job import Job as Job, Recipe as Recipe, Split as Split
     from delest.verbs import (
         doctor as doctor,

@@ -116,6 +116,9 @@ BAD = [
     ({"precision": "fp8"}, "fp8"),
     ({"optimizer": "adamm"}, "unknown optimizer 'adamm'"),
     ({"sequence_length": 0}, "a sequence of 0"),
+    ({"threads": -3}, "-3 threads cannot compute"),
+    ({"batch_size": 8, "micro_batch": 9}, "larger than the batch of 8"),
+    ({"optimizer": torch.optim.LBFGS}, "LBFGS calls the model several times"),
 ]
 
 
@@ -132,6 +135,8 @@ def test_inputs_that_do_not_fit_and_models_that_cannot_be_built() -> None:
         delest.estimate(lambda: nn.Linear(-1, 2), torch.zeros(4, 7))
     with pytest.raises(errors.BadInput, match="inputs are missing"):
         delest.estimate(mlp())
+    with pytest.raises(errors.BadInput, match="have no rows"):
+        delest.estimate(mlp, torch.zeros(0, 64))
     with pytest.raises(errors.BadInput, match="no tensor with a batch dimension"):
         delest.estimate(mlp, [])
 
@@ -146,6 +151,10 @@ def test_inputs_that_do_not_fit_and_models_that_cannot_be_built() -> None:
         (["--batch-size", "0"], 2, "batch"),
         (["--sweep", "lr"], 2, "--sweep lr"),
         (["--out", "/nowhere/page.html"], 2, "does not exist"),
+        (["--out", "page.txt"], 2, "call it page.html"),
+        (["--out", "page.html", "--sweep", "batch"], 2, "--out is of one estimate"),
+        (["--sequence-length", "9"], 2, "have no sequence axis"),
+        (["--threads", "0"], 2, "0 threads"),
     ],
 )
 def test_estimate_is_a_gate(npz: Path, options: list[str], status: int, words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +163,72 @@ def test_estimate_is_a_gate(npz: Path, options: list[str], status: int, words: s
     told = json.loads(printed.out)
     assert told["error"]["exit_status"] == status if status == 2 else told["peak_bytes"] > 0
     assert words in printed.err
+
+
+def test_an_optimizer_like_a_given_one() -> None:
+    model = mlp()
+    given = torch.optim.AdamW(model[0].parameters(), amsgrad=True)  # type: ignore[index]
+    found = delest.estimate(model, torch.zeros(4, 64), optimizer=given, allocator="exact")
+    trained = 4 * (64 * 256 + 256)
+    assert found.breakdown["optimizer"] == 3 * trained + 2 * 4  # three moments of the first layer alone, and two counts
+    assert delest.estimate(mlp, torch.zeros(4, 64), optimizer=given, allocator="exact").breakdown["optimizer"] > 3 * trained
+
+
+class Caching(nn.Module):
+    """Keeps tensors and a generator of its own, takes one batch size alone, and reads gradients in its forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 8)
+        self.kept: list[torch.Tensor] = [torch.ones(3)]
+        self.generator = torch.Generator()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.last = self.layer(inputs.view(16, 64))
+        inputs = inputs.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.layer(inputs).sum(), inputs, create_graph=True)
+        return self.last.sum() + slope.sum()
+
+
+def test_unusual_modules_are_estimated_and_left_alone() -> None:
+    model = Caching()
+    model(torch.zeros(16, 64))  # leaves a tensor with a history behind
+    last = model.last
+    found = delest.estimate(model, torch.zeros(16, 64), allocator="exact")
+    assert found.breakdown["parameters"] == 4 * (64 * 8 + 8)
+    assert model.last is last
+    assert any("evaluation could not be traced" in note for note in found.notes)
+
+
+def test_a_module_built_on_meta_and_one_that_cannot_be_copied() -> None:
+    with torch.device("meta"):
+        model = mlp()
+    assert delest.estimate(model, torch.zeros(4, 64), allocator="exact").breakdown["parameters"] > 0
+    with pytest.raises(errors.BadInput, match="give a factory"):
+        delest.estimate(torch.jit.script(mlp()), torch.zeros(4, 64))
+
+
+class Numpy(torch.autograd.Function):
+    @staticmethod
+    def forward(context: object, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(inputs.detach().numpy().clip(0))
+
+    @staticmethod
+    def backward(context: object, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient
+
+
+class Clipped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 8)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return Numpy.apply(self.layer(inputs))
+
+
+def test_a_function_that_uses_numpy_is_watched_instead() -> None:
+    assert delest.estimate(Clipped, torch.zeros(4, 64)).how == "probe"
 
 
 def test_a_page_of_the_estimate(npz: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command gives: a record (or mapping) for `--json`, text for people, the exit status."""
+    """What a command gives: a record (or mapping) for `--json`, None for none; text for people; the exit status."""
 
     record: Any
     text: Callable[[], str]
@@ -81,7 +81,8 @@ def _run(given: list[str], as_json: bool) -> tuple[int, str]:
         with storage.room_reported(Path("standard output")):  # of --help and --version; all else is written by name
             answer = _command().main(given, prog_name="delest", standalone_mode=False)
         if isinstance(answer, Answer):
-            text = json.dumps(to_json(answer.record), indent=2) if as_json else answer.text()
+            shown = as_json and answer.record is not None
+            text = json.dumps(to_json(answer.record), indent=2) if shown else answer.text()
             return answer.status, text.rstrip("\n") + "\n" if text else ""
         if answer == _INTERRUPTED:  # typer's own answer to Ctrl-C
             raise KeyboardInterrupt

@@ -47,6 +47,10 @@ def estimate(
     sweep = ending.get("sweep")
     if sweep is not None and sweep not in SWEEPS:
         raise errors.BadInput(f"--sweep {sweep}: only {', '.join(SWEEPS)} can be swept.")
+    out = ending.get("out")
+    if sweep and out is not None:
+        raise errors.BadInput("--out is of one estimate: leave it out with --sweep, or use --json.")
+    check_page(out)
     say = verbs.progress(quiet=quiet)
     if sweep:
         assert found is not None
@@ -55,9 +59,17 @@ def estimate(
         status = 0 if budget is None or any(texts.fits(one, budget) for one in footprints) else errors.NothingFits.exit_status
         return Answer({"footprints": footprints}, lambda: texts.sweep_text(footprints, budget_bytes=budget), status)
     footprint = verbs.estimate(found, say=say, **foreseen)
-    write_page(ending.get("out"), footprint, budget, job)
+    write_page(out, footprint, budget, job)
     status = 0 if budget is None or texts.fits(footprint, budget) else errors.NothingFits.exit_status
     return Answer(footprint, lambda: texts.footprint_text(footprint, budget_bytes=budget), status)
+
+
+def check_page(path: Path | None) -> None:
+    """Raise `BadInput` for a page that could not be written, before anything is done for it."""
+    if path is not None and path.suffix != ".html":
+        raise errors.BadInput(f"--out {path}: the page is HTML: call it {path.with_suffix('.html')}.")
+    if path is not None and not path.parent.is_dir():
+        raise errors.BadInput(f"--out {path}: the folder {path.parent} does not exist.")
 
 
 def write_page(path: Path | None, footprint: Any, budget: int | None, name: str | None) -> None:
@@ -66,7 +78,5 @@ def write_page(path: Path | None, footprint: Any, budget: int | None, name: str 
         return
     from delest.reporting.memory_page import write_footprint_page
 
-    if not path.parent.is_dir():
-        raise errors.BadInput(f"--out {path}: the folder {path.parent} does not exist.")
     write_footprint_page(path, footprint, budget_bytes=budget, name=name or "")
     typer.echo(f"page: {path}", err=True)

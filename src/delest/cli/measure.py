@@ -11,7 +11,7 @@ import typer
 
 from delest import errors, storage
 from delest.cli import Answer, options
-from delest.cli.estimate import write_page
+from delest.cli.estimate import check_page, write_page
 from delest.records.latency import Latency
 
 EXAMPLE = "delest measure examples/digits.py --steps 5"
@@ -46,7 +46,7 @@ def measure(
     """Run real training steps, and say what they took.
 
     In a fresh process: memory by phase and category, time by module. `delest measure -- python train.py ARGS` does it for a script
-    as it is: its output and exit status are its own, what was seen goes to standard error, and with --out into a file.
+    as it is: its output and exit status are its own, what was seen goes to standard error, and with --out (not --json) into a file.
     """
     from delest import verbs
 
@@ -56,7 +56,11 @@ def measure(
     if "timeline" in ending:
         raise errors.BadInput("--timeline is for a script: a job's measurement always has one.")
     say = verbs.progress(quiet=quiet)
-    given: Any = words[0] if words and _is_bundle(words[0]) else options.read_job(words[0] if words else None, changes)
+    is_bundle = bool(words) and _is_bundle(words[0])
+    if is_bundle and (changes or "steps" in how or "device" in how or "out" in ending):
+        raise errors.BadInput("an exported model takes no option but --threads: the others are for a job.")
+    check_page(ending.get("out"))
+    given: Any = words[0] if is_bundle else options.read_job(words[0] if words else None, changes)
     found = verbs.measure(given, say=say, **how)
     if isinstance(found, Latency):
         from delest.reporting.latency import latency_text
@@ -93,4 +97,4 @@ def _measure_script(command: list[str], unfit: dict[str, Any], ending: dict[str,
     if out is not None:
         storage.write_json(out, found)
     print(script_text(found), file=sys.stderr)
-    return Answer(found, lambda: "", found.status)
+    return Answer(None, lambda: "", found.status)  # standard output is the script's

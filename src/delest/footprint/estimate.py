@@ -50,7 +50,8 @@ class Target:
     def runtime(self) -> Runtime:
         if self.device is None:
             return measure_runtime(self.threads)
-        return Runtime(cuda.context_bytes(self.device.capability), cuda.workspace_bytes(self.device.capability))
+        context = cuda.context_bytes(self.device.capability)
+        return Runtime(context, context, cuda.workspace_bytes(self.device.capability))
 
 
 def choose_target(device: str | None, allocator: str | None, threads: int | None) -> Target:
@@ -59,7 +60,7 @@ def choose_target(device: str | None, allocator: str | None, threads: int | None
     found: Device | None = None
     if device not in (None, "auto", "cpu"):
         try:
-            found = find_device(str(device))
+            found = find_device(_here() if device == "cuda" else str(device))
         except errors.BadInput as error:
             faults += error.faults
     if allocator is not None and allocator not in ALLOCATORS:
@@ -74,6 +75,13 @@ def choose_target(device: str | None, allocator: str | None, threads: int | None
     return Target(
         name="cpu" if found is None else found.name, allocator=chosen, threads=threads or torch.get_num_threads(), device=found
     )
+
+
+def _here() -> str:
+    """The name of this machine's GPU."""
+    if not torch.cuda.is_available():
+        raise errors.BadInput("there is no GPU here that torch can use: name a device, as a100-80 or t4; it need not be here.")
+    return torch.cuda.get_device_name()
 
 
 def estimate_loop(
@@ -101,9 +109,11 @@ def estimate_loop(
         trace = replace(trace, precision=precision, state_bytes=trace.state_bytes if whole else 0)
         phases = PHASES if whole else STEPS
         roofline, runtime = target.roofline(), target.runtime()
+        idle = runtime.lean_bytes if whole else runtime.idle_bytes
+        beside = (0, 0) if target.allocator == "exact" else (idle, idle + runtime.touched_bytes)
         return [
             replace(
-                _footprint(trace, target, roofline, runtime, batch, rows, (evaluation_rows or int)(rows), phases),
+                _footprint(trace, target, roofline, beside, batch, rows, (evaluation_rows or int)(rows), phases),
                 how=how,
                 isolated=isolated,
             )
@@ -129,7 +139,7 @@ def _footprint(
     trace: Trace,
     target: Target,
     roofline: Roofline,
-    runtime: Runtime,
+    beside: tuple[int, int],
     batch: int,
     rows: int,
     evaluation_rows: int,
@@ -140,7 +150,7 @@ def _footprint(
         trace,
         rows=rows,
         allocator=allocator,
-        runtime_bytes=0 if allocator == "exact" else runtime.idle_bytes + runtime.touched_bytes,
+        runtime_bytes=beside[1],
         batch_size=batch,
         evaluation_rows=evaluation_rows,
         device=target.name,
@@ -154,7 +164,7 @@ def _footprint(
     validated = tuple(name for name in VALIDATED_ON if name == roofline.device)
     return replace(
         found,
-        runtime_bytes=0 if allocator == "exact" else runtime.idle_bytes,
+        runtime_bytes=beside[0],
         modules=modules,
         step_seconds=predicted.seconds,
         bound_by=predicted.bound_by,

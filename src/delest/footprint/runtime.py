@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from delest import processes
+from delest.backends.torch.lean import bare_step, spare_the_compiler
 from delest.hardware import machine, probes
 
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed blocks go back at once (mallopt(3)), so that only libraries hold on
@@ -25,7 +27,8 @@ Build = Callable[[int, int], tuple[nn.Module, torch.Tensor]]
 class Runtime:
     """Resident bytes."""
 
-    idle_bytes: int  # of a process that has imported torch and has made two tiny steps
+    idle_bytes: int  # of a process that has imported torch and has made two tiny steps, with torch's own optimizers
+    lean_bytes: int  # the same where optimizers do not load torch's compiler, as in delest's own sessions
     touched_bytes: int  # more while it trains, beyond tensors: libraries' buffers and code that only larger operands call for
 
 
@@ -33,12 +36,12 @@ def measure_runtime(threads: int) -> Runtime:
     """What this machine's torch holds with so many threads; measured once, in a process of its own, and kept."""
     key = probes.machine_key(threads)
     kept = probes.kept("runtime", key)
-    if not isinstance(kept, dict) or "touched" not in kept:
+    if not isinstance(kept, dict) or "lean" not in kept:
         kept = processes.call(
             f"{__name__}:measure", None, environment={**MAPPED, "OMP_NUM_THREADS": str(threads)}, threads=threads
         )
         probes.keep("runtime", key, kept)
-    return Runtime(int(kept["idle"]), int(kept["touched"]))
+    return Runtime(int(kept["idle"]), int(kept["lean"]), int(kept["touched"]))
 
 
 def measure(threads: int) -> dict[str, Any]:
@@ -50,9 +53,15 @@ def measure(threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     tiny: list[tuple[Build, int, int]] = [(_convolutional, 8, 16), (_attending, 16, 8)]
     middling: list[tuple[Build, int, int]] = [(_convolutional, 64, 64), (_attending, 256, 128), (_dense, 64, 64)]
+    spare_the_compiler()
     for network in tiny:
         _train(*network)
-    idle, touched = _settled(), 0
+    lean, touched = _settled(), 0
+    importlib.import_module("torch._dynamo")  # what building and stepping torch's optimizers loads otherwise
+
+    for network in tiny:
+        _train(*network)
+    idle = _settled()
     for network in middling:
         before = _settled()
         machine.reset_peak()
@@ -60,7 +69,7 @@ def measure(threads: int) -> dict[str, Any]:
         grown = machine.peak_resident_bytes() - before
         _settled()
         touched += max(0, grown - _allocated(*network))
-    return {"idle": idle, "touched": touched}
+    return {"idle": idle, "lean": lean, "touched": touched}
 
 
 def _convolutional(channels: int, side: int) -> tuple[nn.Module, torch.Tensor]:
@@ -90,7 +99,7 @@ def _train(build: Build, size: int, side: int) -> None:
     for _ in range(2):
         optimizer.zero_grad()
         functional.cross_entropy(model(inputs), targets).backward()
-        optimizer.step()
+        bare_step(optimizer)()
 
 
 def _allocated(build: Build, size: int, side: int) -> int:

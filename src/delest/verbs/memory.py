@@ -86,6 +86,10 @@ def sweep(
     say = say or Progress()
     given = [*(batch_sizes or ()), *([] if micro_batch is None else [micro_batch])]
     faults = [f"a batch of {rows!r} rows cannot be trained on: give 1 or more." for rows in given if not _counts(rows)]
+    if threads is not None and not _counts(threads):
+        faults.append(f"{threads!r} threads cannot compute: give 1 or more.")
+    if batch_sizes and micro_batch is not None and _counts(micro_batch) and micro_batch > max(batch_sizes):
+        faults.append(f"a micro-batch of {micro_batch} rows is larger than the batch of {max(batch_sizes)}.")
     length = wishes.get("sequence_length")
     if length is not None and not _counts(length):
         faults.append(f"a sequence of {length!r} tokens is no sequence: give 1 or more.")
@@ -123,8 +127,11 @@ def measure(
         say.stage(f"measure: answers of {folder} in a process of its own")
         return measure_bundle(folder, rows=rows, threads=threads)
     check_device(device)
-    if not _counts(steps):
-        raise errors.BadInput(f"{steps!r} steps cannot be measured: give 1 or more.")
+    faults = [f"{steps!r} steps cannot be measured: give 1 or more."] if not _counts(steps) else []
+    if threads is not None and not _counts(threads):
+        faults.append(f"{threads!r} threads cannot compute: give 1 or more.")
+    if faults:
+        raise errors.BadInput(faults)
     place = open_workplace(jobs.load(job_or_bundle), say)
     check_batch(place)
     say.stage(f"measure: {steps} real steps in a process of its own")
@@ -207,7 +214,11 @@ def _sweep_job(
 
     target = choose_target(device, allocator, used)
     batches = tuple(batch_sizes or (place.job.batch_size,))
-    say.stage(f"estimate: tracing two steps of {max(batches)} rows without running them")
+    if micro_batch is not None and micro_batch > max(batches):
+        raise errors.BadInput(f"a micro-batch of {micro_batch} rows is larger than the batch of {max(batches)}.")
+    say.stage(
+        f"estimate: tracing two steps of {max(batches)} rows without running them; what is new to this machine is probed once"
+    )
     plan = Plan(batch_size=max(batches), micro_batch=max(batches), choices=_asked(place.job), threads=used)
     example = _example(place, wishes.get("sequence_length"))
     sizes = [(batch, min(batch, micro_batch or batch)) for batch in batches]
@@ -248,6 +259,9 @@ def _asked(job: jobs.Job) -> tuple[Choice, ...]:
 def _example(place: Workplace, length: int | None) -> Any:
     from delest.backends.torch.loops import with_length
 
+    schema = place.source.schema
+    if length is not None and not any(column.kind == "array" and len(column.shape) >= 1 for column in schema.inputs):
+        raise errors.BadInput(f"--sequence-length {length}: these inputs ({place.source.description}) have no sequence axis.")
     batch = next(iter(place.feed("train", place.splits["train"][:2]).ordered()))
     return batch if length is None else replace(batch, inputs=with_length(batch.inputs, length))
 
@@ -298,7 +312,9 @@ def _sweep_module(
         implementation=target.implementation,
     )
     batches = tuple(batch_sizes or (program.rows,))
-    say.stage(f"estimate: tracing two steps of {max(batches)} rows without running them")
+    say.stage(
+        f"estimate: tracing two steps of {max(batches)} rows without running them; what is new to this machine is probed once"
+    )
     sizes = [(batch, min(batch, micro_batch or batch)) for batch in batches]
     found = estimate_loop(
         lambda mode: ModuleLoop(program, mode),

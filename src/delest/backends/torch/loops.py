@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from delest import errors
 from delest.backends.torch import optimizers as optimizers_of_recipes
@@ -102,6 +104,8 @@ class Program:
             raise errors.BadInput(
                 "inputs hold no tensor with a batch dimension: give a tensor, a tuple or a mapping of tensors."
             )
+        if len(tensors[0]) == 0:
+            raise errors.BadInput("the inputs have no rows: give a batch of at least 1.")
         return len(tensors[0])
 
 
@@ -111,9 +115,11 @@ class ModuleLoop:
     def __init__(self, program: Program, fake_mode: Any = None):
         self.program = program
         self.model = _clone(program.model, fake_mode) if isinstance(program.model, nn.Module) else _built(program.model)
+        if any(tensor.is_meta for tensor in (*self.model.parameters(), *self.model.buffers())):
+            self.model = self.model.to_empty(device="cpu")  # built without memory by its owner: its values are of no interest
         if program.precision == "bf16-true":
             self.model = self.model.to(torch.bfloat16)
-        self.optimizers = [_optimizer(program.optimizer, self.model, program.implementation or {})]
+        self.optimizers = [_optimizer(program, self.model)]
         self.device = next((parameter.device.type for parameter in self.model.parameters()), "cpu")
 
     def batch(self, rows: int) -> Any:
@@ -187,7 +193,7 @@ def needs_values(error: BaseException) -> bool:
         "UnsupportedOperatorException",
         "UnsupportedFakeTensorException",
     }
-    if names & wanted:
+    if names & wanted or "tensor subclasses" in str(error):
         return True
     text = str(error)
     if error.__cause__ is not None and needs_values(error.__cause__):
@@ -199,19 +205,36 @@ def _clone(model: nn.Module, fake_mode: Any) -> nn.Module:
     """The user's module with fake tensors in place of its own, which stay as they are; a real copy without a fake mode."""
     if fake_mode is None:
         return copy.deepcopy(model)
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    memo: dict[int, Any] = {key: fake_mode.from_tensor(tensor) for key, tensor in tensors.items()}
-    return copy.deepcopy(model, memo)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise errors.BadInput("a scripted module cannot be copied: give a factory of the module before torch.jit.script.")
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        memo[id(tensor)] = fake_mode.from_tensor(tensor)
+    for module in model.modules():  # what a module keeps besides: caches, queues, generators
+        for value in tree_leaves({name: held for name, held in vars(module).items() if not name.startswith("_")}):
+            if isinstance(value, Tensor):
+                memo.setdefault(id(value), fake_mode.from_tensor(value.detach()))
+            elif isinstance(value, torch.Generator):
+                memo[id(value)] = value
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise errors.BadInput(
+            f"this {type(model).__name__} cannot be copied ({where(error)}): give a factory, as in estimate(lambda: build(), ...)."
+        ) from error
 
 
-def _optimizer(asked: Any, model: nn.Module, implementation: dict[str, bool]) -> torch.optim.Optimizer:
+def _optimizer(program: Program, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer of a name, a factory of parameters, or one like a given instance. None is AdamW with torch's defaults."""
+    asked, implementation = program.optimizer, program.implementation or {}
     spare_the_compiler()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise errors.BadInput("the model has no parameter to train.")
+    if isinstance(asked, torch.optim.LBFGS):
+        raise errors.BadInput("LBFGS calls the model several times a step: such optimizers cannot be estimated.")
     if isinstance(asked, torch.optim.Optimizer):
-        return type(asked)(parameters, **asked.defaults)
+        return _like(asked, program.model, model, parameters)
     if asked is None or isinstance(asked, str):
         name = (asked or "adamw").lower()
         kind = optimizers_of_recipes._class(name)
@@ -226,9 +249,28 @@ def _optimizer(asked: Any, model: nn.Module, implementation: dict[str, bool]) ->
         if needs_values(error):
             raise
         raise errors.BadInput(f"building the optimizer failed: {where(error)}") from error
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise errors.BadInput("LBFGS calls the model several times a step: such optimizers cannot be estimated.")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise errors.BadInput(f"the optimizer factory gave a {type(optimizer).__name__}, not a torch.optim.Optimizer.")
     return optimizer
+
+
+def _like(given: torch.optim.Optimizer, original: Any, model: nn.Module, parameters: list[Any]) -> torch.optim.Optimizer:
+    """An optimizer of the same class, settings and groups over the copied model's parameters."""
+    taken = inspect.signature(type(given)).parameters
+    settings = {name: value for name, value in given.defaults.items() if name in taken}
+    if not isinstance(original, nn.Module):
+        return type(given)(parameters, **settings)
+    copies = dict(model.named_parameters(remove_duplicate=False))
+    mine = {id(parameter): copies[name] for name, parameter in original.named_parameters(remove_duplicate=False)}
+    groups = [
+        {**group, "params": [mine[id(one)] for one in group["params"] if id(one) in mine]} for group in given.param_groups
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise errors.BadInput("the optimizer has none of the model's parameters: build it from this model's.")
+    return type(given)(groups, **settings)
 
 
 def _with_rows(value: Any, rows: int, given: int) -> Any:

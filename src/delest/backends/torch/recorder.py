@@ -34,6 +34,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module | None = None, *, updates: bool = True) -> None:
         super().__init__()
         self._updates = updates
+        self.notes: list[str] = []
         self.phase: Phase = "start"
         self.step = 0
         self.born: list[int] = []

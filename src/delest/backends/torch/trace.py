@@ -36,15 +36,25 @@ def trace_loop(build: Build, rows: int, *, scratch: Scratch, real: bool = False,
     Raises `NeedsProbe` where the model branches on data, `BadInput` where it cannot be built or run.
     """
     sizes = (2, rows) if rows > 2 else (rows, rows + 1) if rows > 1 else (1, 2)
+    if not growing:
+        return _trace_alone(build, rows, sizes[0] if sizes[1] == rows else sizes[1], scratch, real)
     recorders, how, loop = [], "", None
     for size in sizes:
-        recorder, how, loop = _record(build, size, real, whole=growing or size == rows)
+        recorder, how, loop = _record(build, size, real, whole=True)
         recorders.append(recorder)
     assert loop is not None
-    if not growing:
-        recorders.sort(key=lambda recorder: len(recorder.rows))
-        sizes = sizes if sizes[1] == rows else (sizes[1], sizes[0])
     return _merge(recorders[0], recorders[1], sizes, loop, how, scratch)
+
+
+def _trace_alone(build: Build, rows: int, few: int, scratch: Scratch, real: bool) -> Trace:
+    """At one size; a pass on few rows says at what smaller sizes kernels can be run alone, where the model takes them."""
+    large, how, loop = _record(build, rows, real, whole=True)
+    try:
+        small = _record(build, few, real, whole=False)[0]
+    except errors.BadInput:  # a model that takes no other batch than this one
+        small = Recorder()
+        small.step = 1
+    return _merge(small, large, (few, rows), loop, how, scratch)
 
 
 def _record(build: Build, rows: int, real: bool, whole: bool) -> tuple[Recorder, str, Loop]:
@@ -60,7 +70,7 @@ def _record(build: Build, rows: int, real: bool, whole: bool) -> tuple[Recorder,
     ):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         try:
-            with building(mode):
+            with _quiet(), building(mode):
                 loop = build(mode)
         except errors.DelestError:
             raise
@@ -100,7 +110,12 @@ def _run(loop: Loop, rows: int, whole: bool) -> Recorder:
             if whole:
                 gc.collect()
                 recorder.begin(3, "evaluation")
-                loop.evaluate(batch)
+                try:
+                    loop.evaluate(batch)
+                except Exception as error:
+                    if needs_values(error):
+                        raise
+                    recorder.notes.append(f"evaluation could not be traced whole: {where(error)}")
     except NoUpdate:
         pass
     finally:
@@ -132,7 +147,7 @@ def _words(loop: Loop, rows: int, mode: Any) -> str:
 def _merge(small: Recorder, large: Recorder, sizes: tuple[int, int], loop: Loop, how: str, scratch_of: Scratch) -> Trace:
     """Figures as a fixed part and a part for each row; where the two recordings do not tell the same story, those of
     the larger one with the whole of what is no weight in proportion to the rows."""
-    notes: list[str] = []
+    notes = list(large.notes)
     alike = [row[0] for row in small.rows] == [row[0] for row in large.rows] and small.born == large.born
     if small.step != 1 and not alike:
         notes.append(f"the steps differ with the number of rows: figures are those of {sizes[1]} rows in proportion")
