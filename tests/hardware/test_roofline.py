@@ -55,6 +55,23 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "_is_busy", lambda: False)
+
+
+def test_rates_of_a_busy_moment_are_said_to_be_so_and_measured_anew_in_a_quiet_one(
+    cache: Path, asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roofline, "_is_busy", lambda: True)
+    assert roofline.BUSY in roofline.measure_roofline(3).source
+    assert roofline.BUSY in roofline.measure_roofline(3).source
+    assert len(asked) == 1
+    monkeypatch.setattr(roofline, "_is_busy", lambda: False)
+    assert roofline.BUSY not in roofline.measure_roofline(3).source
+    assert len(asked) == 2
+
+
 def test_this_machine_is_measured_in_another_process_and_known_afterwards(cache: Path) -> None:
     assert roofline.known_roofline(1) is None
     measured = roofline.measure_roofline(1)

@@ -19,7 +19,7 @@ from delest.footprint.runtime import Runtime, measure_runtime
 from delest.footprint.scratch import scratch
 from delest.footprint.time import step_time
 from delest.hardware.catalogue import find_device, roofline_of
-from delest.hardware.roofline import measure_roofline
+from delest.hardware.roofline import BUSY, measure_roofline
 from delest.records.footprint import PHASES, Footprint
 from delest.records.hardware import Device, Roofline
 from delest.records.trace import Trace
@@ -161,6 +161,7 @@ def _footprint(
     modules = tuple(
         replace(share, seconds=seconds.get(share.name), flops=predicted.module_flops.get(share.name)) for share in found.modules
     )
+    notes = (*found.notes, f"rates were {BUSY}; a quiet moment measures them anew") if BUSY in roofline.source else found.notes
     validated = tuple(name for name in VALIDATED_ON if name == roofline.device)
     return replace(
         found,
@@ -171,6 +172,7 @@ def _footprint(
         flops=predicted.flops,
         utilisation=predicted.utilisation,
         validated_on=validated,
+        notes=notes,
     )
 
 

@@ -22,6 +22,7 @@ _FORMATS = {
     "cpu": {"fp32": "float32", "bf16": "bfloat16"},
     "cuda": {"fp32": "float32", "tf32": "float32", "fp16": "float16", "bf16": "bfloat16"},
 }
+BUSY = "measured while the machine was busy: times are too long"
 _HOPELESS = 10.0  # a format this many times slower than fp32 is timed once: nobody will choose it
 _PROBE_SECONDS = 0.1  # for each rate; eight kernels, four bandwidths and torch's import stay near six seconds
 _FLOAT_BYTES = 4
@@ -56,13 +57,21 @@ def measure_roofline(threads: int | None = None, *, device: str = "cpu") -> Roof
     Raises `BadInput` for an unknown device, a GPU that cannot be used, or less than one thread; `ProbeFailed`.
     """
     threads = _check(threads, device)
-    known = _kept(threads, device)
-    if known is not None:
+    known, busy = _kept(threads, device), _is_busy()
+    if known is not None and (BUSY not in known.source or busy):
         return known
     fixed = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if threads else {}
     measured = processes.call("delest.hardware.roofline:_probe", None, environment=fixed, threads=threads, device=device)
+    if busy:
+        measured["source"] += f", {BUSY}"
     probes.keep("roofline", _key(threads, device), measured)
     return from_json(Roofline, measured)
+
+
+def _is_busy() -> bool:
+    """Whether others have kept this machine busy in the last minute: threads that wait for each other then show far too low
+    rates, and a quiet moment must measure anew."""
+    return os.getloadavg()[0] > 0.6 * (os.cpu_count() or 1)
 
 
 def known_roofline(threads: int | None = None, *, device: str = "cpu") -> Roofline | None:
