@@ -33,6 +33,8 @@ def render() -> str:
         "|---|---|---|---|",
         *_digits(digits["rows"]),
         *_run({row["row"]: row for row in run["rows"]}),
+        *_footprint(read("footprint")["rows"]),
+        _published(read("published")["bounds"]),
         _startup({row["row"]: row for row in startup["rows"]}),
     ]
     return "\n".join(lines)
@@ -71,6 +73,38 @@ def _run(rows: dict[str, dict[str, Any]]) -> list[str]:
         f"| CIFAR-10, 5,000 photographs, whole run | | **{photos['resident_bytes'] / 2**20:.0f} MiB resident**, {photos['seconds']:.0f} s "
         f"| `python benchmarks/run.py --cifar10 FOLDER` |",
     ]
+
+
+def _footprint(rows: list[dict[str, Any]]) -> list[str]:
+    """Median and worst error of the peak, delest's and MemTracker's, which is the best of the peers."""
+    ours, theirs, seconds, raised = [], [], [], 0
+    for row in rows:
+        if row.get("precision") != "fp32" or "mmap" not in row.get("measured", {}) or "mmap" not in (row["estimate"] or {}):
+            continue
+        real = row["measured"]["mmap"]["peak_bytes"]
+        ours.append(abs(row["estimate"]["mmap"]["peak_bytes"] / real - 1))
+        seconds.append(row["estimate"]["mmap"]["seconds"])
+        said = row["peers"]["answers"]["MemTracker"]
+        raised += "raised" in said
+        if "raised" not in said:
+            theirs.append(abs(said["bytes"] / real - 1))
+    return [
+        f"| peak memory of {len(ours)} trainings, estimated before they run: error, median and worst | {_errors(theirs)} (MemTracker; {raised} raise) "
+        f"| **{_errors(ours)}**, in {statistics.median(seconds):.1f} s | `python benchmarks/footprint.py` |"
+    ]
+
+
+def _errors(errors: list[float]) -> str:
+    return f"{100 * statistics.median(errors):.1f} %, {100 * max(errors):.0f} %"
+
+
+def _published(bounds: list[dict[str, Any]]) -> str:
+    values = {bound["name"]: bound["value"] for bound in bounds}
+    median, worst = (values[f"memory, training rows, {name}"] for name in ("median of 17", "worst"))
+    return (
+        f"| peak memory of 17 published GPU trainings, without a GPU: error, median and worst | | **{100 * median:.1f} %, {100 * worst:.0f} %** "
+        f"| `python benchmarks/published.py --data CSV` |"
+    )
 
 
 def _startup(rows: dict[str, dict[str, Any]]) -> str:

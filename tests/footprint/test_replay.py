@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 
 import pytest
@@ -219,3 +220,26 @@ def test_weights_that_are_there_before_the_first_operator_count_as_start():
 def test_bad_input(options, words):
     with pytest.raises(errors.BadInput, match=words):
         replayed(**options)
+
+
+def test_pages_that_nobody_writes_take_no_resident_memory() -> None:
+    whole = make_trace()
+    number = max(range(len(whole.storages.born)), key=lambda i: whole.storages.sizes(8)[i])
+    partly = dataclasses.replace(whole, storages=dataclasses.replace(whole.storages, touched={number: 0.25}))
+    resident = [replay(trace, rows=8, allocator="mmap") for trace in (whole, partly)]
+    assert resident[1].peak_bytes < resident[0].peak_bytes
+    assert resident[1].allocated_bytes == resident[0].allocated_bytes  # it was asked for all the same
+    assert replay(partly, rows=8, allocator="exact").peak_bytes == replay(whole, rows=8, allocator="exact").peak_bytes
+
+
+def test_the_peak_is_that_of_the_phases_that_count() -> None:
+    trace = dataclasses.replace(make_trace(), state_bytes=1 << 30)
+    steps = replay(trace, rows=8, allocator="exact", phases=("first_step", "steady_step"))
+    assert steps.peak_bytes == max(steps.phases["first_step"], steps.phases["steady_step"])
+    assert replay(trace, rows=8, allocator="exact").peak_bytes == steps.phases["saving"] > steps.peak_bytes
+
+
+def test_glibc_lies_between_the_simulated_heap_and_what_is_held_at_least() -> None:
+    trace = make_trace(layers=6)
+    least, found = (replay(trace, rows=64, allocator=allocator).peak_bytes for allocator in ("mmap", "glibc"))
+    assert least <= found

@@ -68,7 +68,8 @@ class Maker:
         """The whole; `fields` are those of `Trace`."""
         for entry in self._storages:
             entry["dies"] = len(self._operators) if entry["dies"] is None else entry["dies"]
-        storages = Storages(**{key: [entry[key] for entry in self._storages] for key in Storages.__dataclass_fields__})
+        columns = [key for key in Storages.__dataclass_fields__ if key != "touched"]
+        storages = Storages(**{key: [entry[key] for entry in self._storages] for key in columns})
         operators = Operators(**{key: [entry[key] for entry in self._operators] for key in Operators.__dataclass_fields__})
         return Trace(**{"storages": storages, "operators": operators, "rows": (4, 8), "how": "by hand", **fields})
 
