@@ -122,7 +122,7 @@ def test_a_poor_script_that_fails_keeps_its_end_and_gets_remedies(
         assert 0.04 <= measured.waiting_seconds <= measured.step_seconds * 1.5
         assert "waiting for data" in measured.remedies[0].what
         assert any("evaluation keeps activations" in remedy.what for remedy in measured.remedies)
-    assert len(measured.remedies) == 3
+    assert 1 <= len(measured.remedies) <= 3  # what would save next to nothing on this machine is left out
 
 
 @pytest.mark.parametrize(
@@ -227,6 +227,8 @@ time.sleep(60)
 @pytest.mark.parametrize("handles", [True, False])
 def test_signals_reach_the_script_and_its_status_comes_back(number: signal.Signals, handles: bool) -> None:
     script = WAITS.format(handles=handles, number=int(number))
+    if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup; children would inherit it
+        signal.signal(number, signal.SIG_DFL)
     process = subprocess.Popen(
         [sys.executable, "-c", PASSES_ON, script],
         stdout=subprocess.PIPE,
