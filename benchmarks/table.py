@@ -76,7 +76,7 @@ def _run(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _footprint(rows: list[dict[str, Any]]) -> list[str]:
-    """Median and worst error of the peak, delest's and MemTracker's, which is the best of the peers."""
+    """Median and worst error of the peak under a fixed mmap threshold, delest's and MemTracker's, which is the best of the peers."""
     ours, theirs, seconds, raised = [], [], [], 0
     for row in rows:
         if row.get("precision") != "fp32" or "mmap" not in row.get("measured", {}) or "mmap" not in (row["estimate"] or {}):
@@ -89,7 +89,7 @@ def _footprint(rows: list[dict[str, Any]]) -> list[str]:
         if "raised" not in said:
             theirs.append(abs(said["bytes"] / real - 1))
     return [
-        f"| peak memory of {len(ours)} trainings, estimated before they run: error, median and worst | {_errors(theirs)} (MemTracker; {raised} raise) "
+        f"| peak memory of {len(ours)} trainings (CPU, fixed mmap threshold), estimated before they run: error, median and worst | {_errors(theirs)} (MemTracker; {raised} raise) "
         f"| **{_errors(ours)}**, in {statistics.median(seconds):.1f} s | `python benchmarks/footprint.py` |"
     ]
 

@@ -97,7 +97,7 @@ def _run(loop: Loop, rows: int, whole: bool) -> Recorder:
     recorder = Recorder(loop.model, updates=whole)
     gc.freeze()  # collections that come by themselves then pass over all that was there before
     try:
-        with recorder:
+        with contextlib.suppress(NoUpdate), recorder:
             recorder.register_model(loop.model)
             for optimizer in loop.optimizers:
                 recorder.register_optimizer(optimizer, loop.model)
@@ -116,8 +116,6 @@ def _run(loop: Loop, rows: int, whole: bool) -> Recorder:
                     if needs_values(error):
                         raise
                     recorder.notes.append(f"evaluation could not be traced whole: {where(error)}")
-    except NoUpdate:
-        pass
     finally:
         gc.unfreeze()
     return recorder
