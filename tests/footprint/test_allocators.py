@@ -8,21 +8,19 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from delest.footprint.allocators import Allocator, Caching, Exact, Glibc, Mapped
+from delest.footprint.allocators import Allocator, Caching, Exact, Mapped
 from delest.footprint.allocators.caching import block_bytes, segment_bytes
 
 KIB, MIB = 1 << 10, 1 << 20
 MAKERS: dict[str, Callable[[], Allocator]] = {
     "exact": Exact,
     "mmap": Mapped,
-    "glibc": Glibc,
-    "glibc, 48 past": Glibc.starting(48),
     "cuda": Caching,
 }
 
-# (bytes, kept for later) to allocate, or the place in the list of live blocks of the one to free
+# (bytes,) to allocate, or the place in the list of live blocks of the one to free
 SIZES = st.integers(1, 2048) | st.integers(1, 64).map(lambda n: n * 4096) | st.integers(1, 40 * MIB)
-EVENTS = st.lists(st.tuples(SIZES, st.booleans()) | st.integers(0, 1000), max_size=80)
+EVENTS = st.lists(st.tuples(SIZES) | st.integers(0, 1000), max_size=80)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -33,7 +31,7 @@ def test_never_holds_less_than_what_lives(name, events):
     highest = 0
     for event in events:
         if isinstance(event, tuple):
-            live.append((allocator.allocate(event[0], kept=event[1]), event[0]))
+            live.append((allocator.allocate(event[0]), event[0]))
         elif live:
             allocator.free(live.pop(event % len(live))[0])
         highest = max(highest, allocator.held_bytes)
@@ -52,28 +50,6 @@ def test_is_empty_when_all_is_freed(name, sizes, seed):
     for handle in handles:
         allocator.free(handle)
     assert allocator.held_bytes == 0
-
-
-@settings(max_examples=60, deadline=None)
-@given(events=EVENTS)
-def test_blocks_of_the_heap_never_overlap(events):
-    heap, live = Glibc(), []
-    for event in events:
-        if isinstance(event, tuple):
-            live.append(heap.allocate(event[0], kept=event[1]))
-        elif live:
-            heap.free(live.pop(event % len(live)))
-        chunks = [
-            *heap._used.items(),
-            *((start, size) for start, (size, _) in heap._free.items()),
-            *heap._taken,
-            *heap._passing,
-        ]
-        ends = [start + size for start, size in sorted(chunks)]
-        starts = [start for start, _ in sorted(chunks)]
-        assert all(end == start for end, start in zip(ends, starts[1:], strict=False))  # no gap and no overlap
-        assert not chunks or (starts[0], ends[-1]) == (heap._base, heap._top)
-        assert len(heap._bins) == len(heap._free) == len(heap._ends)
 
 
 @settings(max_examples=60, deadline=None)
@@ -114,58 +90,6 @@ def test_only_blocks_from_64_kib_on_are_mapped():
     sizes = [60 * KIB, 64 * KIB]
     held = [Mapped()._taken(size) for size in sizes]
     assert [size % 4096 == 0 for size in held] == [False, True]
-
-
-# The heap
-
-
-def test_a_large_block_is_mapped_until_one_of_its_size_was_freed():
-    heap = Glibc()
-    first = heap.allocate(8 * MIB)
-    heap.free(first)
-    assert heap.held_bytes == 0  # unmapped
-    heap.free(heap.allocate(8 * MIB))
-    assert heap.held_bytes >= 8 * MIB  # now it comes from the heap, which keeps it: less than twice the threshold
-
-
-def test_the_threshold_does_not_rise_above_32_mib():
-    heap = Glibc()
-    for _ in range(2):
-        heap.free(heap.allocate(40 * MIB))
-        assert heap.held_bytes == 0
-
-
-def test_a_top_of_twice_the_threshold_is_given_back():
-    heap = Glibc()
-    heap.free(heap.allocate(4 * MIB))  # the threshold is 4 MiB now
-    blocks = [heap.allocate(3 * MIB) for _ in range(4)]
-    for block in blocks[:0:-1]:
-        heap.free(block)
-    held = heap.held_bytes
-    assert held > 12 * MIB  # small objects between the holes
-    for _ in range(30):
-        heap.free(heap.allocate(100 * KIB))  # they go when newer ones have come, and the holes and the top are one
-    assert heap.held_bytes < 4 * MIB
-
-
-def test_a_hole_under_a_live_block_stays():
-    heap = Glibc()
-    low, high = heap.allocate(512 * KIB), heap.allocate(512 * KIB)
-    held = heap.held_bytes
-    heap.free(low)
-    assert heap.held_bytes == held
-    heap.free(heap.allocate(256 * KIB))  # fits the hole
-    assert heap.held_bytes == held
-    heap.free(high)
-
-
-def test_a_hole_is_too_small_for_the_same_block_while_its_slivers_are_taken():
-    heap = Glibc(misalignment=16)
-    low, _ = heap.allocate(512 * KIB), heap.allocate(512 * KIB)
-    held = heap.held_bytes
-    heap.free(low)
-    heap.allocate(512 * KIB)
-    assert heap.held_bytes >= held + 512 * KIB
 
 
 # CUDA

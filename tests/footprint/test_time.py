@@ -146,9 +146,8 @@ def test_memory_that_the_system_gives_anew_costs_its_page_faults():
         return [(a - b) / faulting for a, b in zip(found, without, strict=True)]
 
     assert extra("mmap") == pytest.approx([64 << 20, 512 << 10], rel=0.01)
-    assert extra("glibc") == pytest.approx(
-        [64 << 20, 0], rel=0.01, abs=1
-    )  # the heap has had room for the small one since step 1
+    # The heap has had room for the small one since step 1.
+    assert extra("glibc") == pytest.approx([64 << 20, 0], rel=0.01, abs=1)
 
 
 def test_scratch_of_a_kernel_is_fresh_too():

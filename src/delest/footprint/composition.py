@@ -27,9 +27,12 @@ class Lives:
         self.evaluation = next((k for k, step in enumerate(operators.step) if step == 3), self.count)
         usual, evaluated = storages.sizes(rows), storages.sizes(evaluation_rows)
         self.sizes = [(usual if born < self.evaluation else evaluated)[i] for i, born in enumerate(storages.born)]
-        if resident:  # pages that nobody writes take no memory
-            for number, share in storages.touched.items():
-                self.sizes[number] = round(self.sizes[number] * share)
+        self.unwritten: dict[int, int] = {}  # by number: pages that nobody writes take no memory
+        for number, share in storages.touched.items() if resident else ():
+            self.unwritten[number] = self.sizes[number] - round(self.sizes[number] * share)
+            self.sizes[number] -= self.unwritten[number]
+        self.step = operators.step
+        self.makes_node = [phase == "forward" for phase in operators.phase]  # of the graph, which goes when its step ends
         self.born, self.dies = list(storages.born), list(storages.dies)
         self.category, self.module = list(storages.category), list(storages.module)
         scratch = operators.scratch_bytes(rows)[: self.evaluation] + operators.scratch_bytes(evaluation_rows)[self.evaluation :]
@@ -66,6 +69,14 @@ class Lives:
     def at_rest(self) -> list[int]:
         """Numbers of the storages that the steps leave for good."""
         return [i for i, dies in enumerate(self.dies) if dies == self.count and self.born[i] < self.evaluation]
+
+    def nodes(self) -> list[int]:
+        """Nodes of the graph that are there while each operator runs: the loss holds them until the next step's takes its place."""
+        counts: list[int] = []
+        for k, makes_node in enumerate(self.makes_node):
+            before = counts[-1] if k and self.step[k] == self.step[k - 1] else 0
+            counts.append(before + makes_node)
+        return counts
 
     def series(self) -> dict[str, list[int]]:
         """Live bytes by category while each operator runs; its scratch is among the temporaries."""

@@ -13,7 +13,7 @@ from delest import errors
 from delest.backends.torch.as_cuda import as_cuda
 from delest.backends.torch.loops import Loop
 from delest.backends.torch.trace import NeedsProbe, trace_loop
-from delest.footprint import cuda
+from delest.footprint import cuda, heap
 from delest.footprint.replay import replay
 from delest.footprint.runtime import Runtime, measure_runtime
 from delest.footprint.scratch import scratch
@@ -71,7 +71,8 @@ def choose_target(device: str | None, allocator: str | None, threads: int | None
         faults.append("the allocator cuda is a GPU's: name one with --device.")
     if faults:
         raise errors.BadInput(faults)
-    chosen = allocator or ("glibc" if found is None else "cuda")
+    usual = "glibc" if heap.is_here() else "mmap"
+    chosen = allocator or (usual if found is None else "cuda")
     return Target(
         name="cpu" if found is None else found.name, allocator=chosen, threads=threads or torch.get_num_threads(), device=found
     )

@@ -1,4 +1,4 @@
-"""Peak memory of training from a trace: its storages are born and die in order, in a simulated allocator, without a framework.
+"""Peak memory of training from a trace: its storages are born and die in order in an allocator, without a framework.
 
 At each operator the storages that die there are freed first, then those born there are allocated in order, then the kernel's
 scratch is allocated and freed while they live.
@@ -6,48 +6,44 @@ scratch is allocated and freed while they live.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from delest import errors
-from delest.footprint.allocators import Allocator, Caching, Exact, Glibc, Mapped
+from delest.footprint import heap
+from delest.footprint.allocators import Allocator, Caching, Exact, Mapped
 from delest.footprint.composition import LASTING, Lives, Moment, break_down, draw_timeline, share_out
 from delest.records.footprint import PHASES, Footprint
 from delest.records.trace import Trace
 
 STEPS = ("start", "first_step", "steady_step", "evaluation")  # the phase of each step of a trace
-KEPT = ("activations", "gradients")  # what waits in a step for its later parts
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """The allocators that are tried for one kind, and the interval around what the middle one of them holds.
+    """The allocator that stands for one kind, None for the real malloc, and the interval around what it holds.
 
-    It reaches from `below` to `above` times the peak, and `slack_bytes` higher; the runtime is not counted. A kernel asks for
-    its scratch in `scratch_pieces`, of which a trace has the sum.
+    It reaches from `below` to `above` times the peak, and `slack_bytes` higher; the runtime is not counted.
     """
 
-    allocators: tuple[Callable[[], Allocator], ...]
+    allocator: Callable[[], Allocator] | None
     below: float
     above: float
     slack_bytes: int = 0
-    scratch_pieces: int = 1
 
 
-# What default glibc held at the peak over what was held with a fixed threshold: median of the thirty tuning cases of
-# benchmarks/footprint.py, of which twenty-eight lie between 1.03 and 1.41.
-RETAINED = 1.18
 _SLACK = 8 << 20  # code of libraries and small buffers that the warm idle process had not touched
 SIMULATIONS = {
     # What a trace misses is small where freed blocks do not wait for reuse.
-    "exact": Simulation((Exact,), 0.97, 1.03, _SLACK),
-    "mmap": Simulation((Mapped,), 0.97, 1.03, _SLACK),
-    "cuda": Simulation((Caching,), 0.97, 1.03, _SLACK),
-    # A quarter of its midpoint wide: processes that run the same steps differ by 1 to 20 %. One large block of
-    # scratch would need holes that several do not; into how many to cut it was set together with the slivers of `Glibc`.
-    "glibc": Simulation(tuple(Glibc.starting(past) for past in (0, 16, 32, 48)), 0.885, 1.135, scratch_pieces=4),
+    "exact": Simulation(Exact, 0.97, 1.03, _SLACK),
+    "mmap": Simulation(Mapped, 0.97, 1.03, _SLACK),
+    "cuda": Simulation(Caching, 0.97, 1.03, _SLACK),
+    # A quarter of its midpoint wide: processes that run the same steps differ by up to a fifth.
+    "glibc": Simulation(None, 0.885, 1.135),
 }
+# What hangs on a node of the graph outside tensors' memory, under torch 2.13: the growth of the resident set over 4,000 small operators
+# in a row, less their tensors', was 530 bytes each for views, 560 to 930 for elementwise operators, 1,025 for products.
+NODE_BYTES = 750
 
 
 def replay(
@@ -82,10 +78,7 @@ def replay(
     resident, evaluation_rows = allocator in ("glibc", "mmap"), evaluation_rows or rows
     lives = Lives(trace, rows=rows, evaluation_rows=evaluation_rows, split=split, resident=resident)
     simulation, copied_bytes = SIMULATIONS[allocator], 0 if allocator == "cuda" else trace.state_bytes
-    runs = [_run(make(), lives, copied_bytes, simulation.scratch_pieces) for make in simulation.allocators]
-    run = sorted(runs, key=lambda each: max(each.held))[len(runs) // 2]
-    if allocator == "glibc":
-        run = _tempered(run, _run(Mapped(), lives, copied_bytes, simulation.scratch_pieces))
+    run = _run(simulation.allocator, lives, copied_bytes)
     totals = lives.totals()
     moments = _moments(trace, lives, run, totals)
     whole = Lives(trace, rows=rows, evaluation_rows=evaluation_rows, split=split) if trace.storages.touched else lives
@@ -94,13 +87,10 @@ def replay(
         (moment for name, moment in moments.items() if name in phases),
         key=lambda moment: (moment.held_bytes, sum(lives.sizes[i] for i in moment.live)),
     )
-    low = peak.held_bytes * simulation.below
-    if allocator == "glibc":  # what lives is known better than what the heap makes of it
-        low = max(low, min(live_bytes * SIMULATIONS["exact"].below, peak.held_bytes))
     return Footprint(
         peak_bytes=peak.held_bytes + runtime_bytes,
         runtime_bytes=runtime_bytes,
-        low_bytes=int(low) + runtime_bytes,
+        low_bytes=int(peak.held_bytes * simulation.below) + runtime_bytes,
         high_bytes=int(peak.held_bytes * simulation.above) + simulation.slack_bytes + runtime_bytes,
         phases={name: moment.held_bytes + runtime_bytes for name, moment in moments.items()},
         breakdown={**break_down(lives, peak), "runtime": runtime_bytes},
@@ -140,7 +130,16 @@ class _Run:
     allocated_bytes: int | None  # the most in blocks, where the allocator counts them
 
 
-def _run(allocator: Allocator, lives: Lives, copied_bytes: int, scratch_pieces: int) -> _Run:
+def _run(make: Callable[[], Allocator] | None, lives: Lives, copied_bytes: int) -> _Run:
+    rest = set(lives.at_rest())
+    state = [lives.sizes[number] for number in sorted(rest) if lives.category[number] in LASTING]
+    copies = _in_proportion(copied_bytes, state)
+    if make is None:
+        _, held, copied = heap.hold(lives, [size for size in copies if size])
+        at_rest = sum(lives.sizes[number] for number in rest) + copied_bytes
+        # The smallest trainings fit into what a heap begins with, and do not move its end.
+        return _Run([max(pair) for pair in zip(held, lives.totals(), strict=True)], max(copied, at_rest), None)
+    allocator = make()
     births, deaths = lives.events()
     handles: dict[int, int] = {}
     held = []
@@ -148,25 +147,13 @@ def _run(allocator: Allocator, lives: Lives, copied_bytes: int, scratch_pieces: 
         for number in deaths[k]:
             allocator.free(handles.pop(number))
         for number in births[k]:
-            handles[number] = allocator.allocate(lives.sizes[number], kept=lives.category[number] in KEPT)
-        held.append(_held_with(allocator, _in_proportion(lives.scratch[k], [1] * scratch_pieces)))
-    rest = set(lives.at_rest())
+            handles[number] = allocator.allocate(lives.sizes[number])
+        held.append(_held_with(allocator, [lives.scratch[k]]))
+    if make is Mapped:
+        held = [size + NODE_BYTES * nodes for size, nodes in zip(held, lives.nodes(), strict=True)]
     for number in [number for number in handles if number not in rest]:
         allocator.free(handles.pop(number))
-    state = [lives.sizes[number] for number in handles if lives.category[number] in LASTING]
-    copied = _held_with(allocator, _in_proportion(copied_bytes, state))
-    return _Run(held, copied, getattr(allocator, "peak_allocated_bytes", None))
-
-
-def _tempered(heap: _Run, mapped: _Run) -> _Run:
-    """Halfway (geometrically) between the simulated heap, which keeps too much where many blocks come and go, and what is held at
-    the least, by the share that processes were seen to hold above it."""
-
-    def between(most: int, least: int) -> int:
-        return max(least, round(math.sqrt(most * RETAINED * least)))
-
-    held = [between(most, least) for most, least in zip(heap.held, mapped.held, strict=True)]
-    return _Run(held, between(heap.copied, mapped.copied), heap.allocated_bytes)
+    return _Run(held, _held_with(allocator, copies), getattr(allocator, "peak_allocated_bytes", None))
 
 
 def _held_with(allocator: Allocator, sizes: Sequence[int]) -> int:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from delest import errors
-from delest.footprint.allocators import Glibc, Mapped
-from delest.footprint.replay import KEPT
+from delest.footprint import heap
+from delest.footprint.allocators import Mapped
+from delest.footprint.composition import Lives
 from delest.records.hardware import Roofline
 from delest.records.trace import Trace
 
 Bound = Literal["compute", "memory traffic", "overhead"]
 BOUNDS: tuple[Bound, ...] = ("compute", "memory traffic", "overhead")
-_PROCESS_ALLOCATORS: dict[str, type[Glibc] | type[Mapped]] = {"glibc": Glibc, "mmap": Mapped}  # others keep what they have
 STEADY = 2  # the step of a trace that has the optimizer's state
 # The rate that stands in for one that a roofline lacks.
 _STAND_INS = {"recurrent": "matmul", "attention": "matmul", "convolution": "matmul", "depthwise": "convolution"}
@@ -246,32 +246,16 @@ def _utilisation(trace: Trace, roofline: Roofline, flops: float, seconds: float)
 
 def _fresh_bytes(trace: Trace, rows: int, allocator: str) -> list[float]:
     """Bytes that the process gets from the system while each operator runs: pages to be cleared and mapped one by one."""
-    fresh = [0.0] * len(trace.operators)
-    if allocator not in _PROCESS_ALLOCATORS:
-        return fresh
-    simulated = _PROCESS_ALLOCATORS[allocator]()
-    sizes, kept = trace.storages.sizes(rows), [category in KEPT for category in trace.storages.category]
-    births, deaths = (_by_position(positions, len(fresh)) for positions in (trace.storages.born, trace.storages.dies))
-    handles: dict[int, int] = {}
-    for k, scratch in enumerate(trace.operators.scratch_bytes(rows)):
-        for number in deaths.get(k, ()):
-            if number in handles:
-                simulated.free(handles.pop(number))
-        before = simulated.held_bytes
-        for number in births.get(k, ()):
-            handles[number] = simulated.allocate(sizes[number], kept=kept[number])
-        if scratch >= 1:
-            own = simulated.allocate(round(scratch))
-            fresh[k] = float(max(0, simulated.held_bytes - before))
-            simulated.free(own)
-        else:
-            fresh[k] = float(max(0, simulated.held_bytes - before))
+    lives = Lives(trace, rows=rows, evaluation_rows=rows, resident=True)
+    if allocator == "glibc":
+        before, most, _ = heap.hold(lives, seeds=heap.SEEDS[:1])
+        return [float(held - at_first) for held, at_first in zip(most, before, strict=True)]
+    fresh = [0.0] * lives.count
+    if allocator == "mmap":
+        mapped = Mapped()
+        for k, (births, scratch) in enumerate(zip(lives.events()[0], lives.scratch, strict=True)):
+            before_bytes = mapped.held_bytes
+            for size in [*(lives.sizes[number] for number in births), *([scratch] if scratch else [])]:
+                mapped.allocate(size)
+            fresh[k] = float(mapped.held_bytes - before_bytes)
     return fresh
-
-
-def _by_position(positions: list[int], count: int) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
-    for number, position in enumerate(positions):
-        if position < count:
-            found.setdefault(position, []).append(number)
-    return found

@@ -6,7 +6,6 @@ from typing import Protocol
 
 from delest.footprint.allocators.caching import Caching
 from delest.footprint.allocators.exact import Exact
-from delest.footprint.allocators.glibc import Glibc
 from delest.footprint.allocators.mapped import Mapped
 
 
@@ -23,8 +22,8 @@ class Allocator(Protocol):
         """The most that was ever held."""
         ...
 
-    def allocate(self, size: int, *, kept: bool = False) -> int:
-        """A handle of a new block of `size` bytes; `kept` ones wait for a later part of the step."""
+    def allocate(self, size: int) -> int:
+        """A handle of a new block of `size` bytes."""
         ...
 
     def free(self, handle: int) -> None:
@@ -32,4 +31,4 @@ class Allocator(Protocol):
         ...
 
 
-__all__ = ["Allocator", "Caching", "Exact", "Glibc", "Mapped"]
+__all__ = ["Allocator", "Caching", "Exact", "Mapped"]

@@ -43,7 +43,7 @@ class Caching:
         self._used: dict[int, tuple[int, int]] = {}  # start: bytes and pool
         self._frontier = 0
 
-    def allocate(self, size: int, *, kept: bool = False) -> int:
+    def allocate(self, size: int) -> int:
         """A handle of a new block of `size` bytes."""
         wanted = block_bytes(size)
         pool = int(wanted > SMALL)

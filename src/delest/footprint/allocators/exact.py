@@ -11,7 +11,7 @@ class Exact:
         self._sizes: dict[int, int] = {}
         self._next = 0
 
-    def allocate(self, size: int, *, kept: bool = False) -> int:
+    def allocate(self, size: int) -> int:
         """A handle of a new block of `size` bytes."""
         self._next += 1
         self._sizes[self._next] = self._taken(size)
