@@ -25,8 +25,9 @@ from delest.records.hardware import Device, Roofline
 from delest.records.trace import Trace
 
 ALLOCATORS = ("glibc", "mmap", "exact", "cuda")
-# Processors and GPUs on which a committed result of benchmarks/footprint.py backs estimates of memory.
 STEPS = ("start", "first_step", "steady_step")
+JOB_SLACK_BYTES = 8 << 20  # higher end of a job's interval: its process reads ahead and loads code as it goes
+# Processors and GPUs on which a committed result of benchmarks/footprint.py backs estimates of memory.
 VALIDATED_ON: tuple[str, ...] = ("AMD EPYC",)
 
 
@@ -95,11 +96,13 @@ def estimate_loop(
     watched: Callable[[], Trace],
     whole: bool = True,
     isolated: bool = True,
+    idle: Callable[[], int | None] = lambda: None,
 ) -> list[Footprint]:
     """One footprint for each (batch, micro-batch) of `sizes`, all from two traces.
 
     `evaluation_rows` gives those of an evaluation batch for a micro-batch (default: the same). `build` gives the loop for a fake mode. `watched` gives a trace of real steps on few rows, for a model that branches on data;
-    `isolated` says whether it does so in another process. Unless `whole` the peak is that of the steps, and nothing is
+    `isolated` says whether it does so in another process. `idle` gives the resident bytes of the very process before it trains on a
+    processor, where they are known; else a bare one's count. Unless `whole` the peak is that of the steps, and nothing is
     counted for checkpoints: how a script of the user's own evaluates, saves and loads is not known.
     Raises `BadInput` where the model cannot be built or does not take its inputs.
     """
@@ -110,8 +113,8 @@ def estimate_loop(
         trace = replace(trace, precision=precision, state_bytes=trace.state_bytes if whole else 0)
         phases = PHASES if whole else STEPS
         roofline, runtime = target.roofline(), target.runtime()
-        idle = runtime.lean_bytes if whole else runtime.idle_bytes
-        beside = (0, 0) if target.allocator == "exact" else (idle, idle + runtime.touched_bytes)
+        warm = (idle() if target.device is None else None) or (runtime.lean_bytes if whole else runtime.idle_bytes)
+        beside = (0, 0) if target.allocator == "exact" else (warm, warm + runtime.touched_bytes)
         return [
             replace(
                 _footprint(trace, target, roofline, beside, batch, rows, (evaluation_rows or int)(rows), phases),
@@ -162,11 +165,13 @@ def _footprint(
     modules = tuple(
         replace(share, seconds=seconds.get(share.name), flops=predicted.module_flops.get(share.name)) for share in found.modules
     )
+    slack = JOB_SLACK_BYTES if phases == PHASES and allocator == "glibc" else 0
     notes = (*found.notes, f"rates were {BUSY}; a quiet moment measures them anew") if BUSY in roofline.source else found.notes
     validated = tuple(name for name in VALIDATED_ON if name == roofline.device)
     return replace(
         found,
         runtime_bytes=beside[0],
+        high_bytes=found.high_bytes + slack,
         modules=modules,
         step_seconds=predicted.seconds,
         bound_by=predicted.bound_by,

@@ -9,13 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from delest import processes
+from delest.backends.torch import session as _session  # noqa: F401  a job's process loads it
 from delest.backends.torch.lean import bare_step, spare_the_compiler
+from delest.data import Feed, Preprocessing, open_job
 from delest.hardware import machine, probes
+from delest.job import Job
+from delest.records.form import from_json
 
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed blocks go back at once (mallopt(3)), so that only libraries hold on
 
@@ -51,18 +56,16 @@ def measure(threads: int) -> dict[str, Any]:
     torch's allocator had given out meanwhile.
     """
     torch.set_num_threads(threads)
-    tiny: list[tuple[Build, int, int]] = [(_convolutional, 8, 16), (_attending, 16, 8)]
-    middling: list[tuple[Build, int, int]] = [(_convolutional, 64, 64), (_attending, 256, 128), (_dense, 64, 64)]
     spare_the_compiler()
-    for network in tiny:
+    for network in TINY:
         _train(*network)
     lean, touched = _settled(), 0
     importlib.import_module("torch._dynamo")  # what building and stepping torch's optimizers loads otherwise
 
-    for network in tiny:
+    for network in TINY:
         _train(*network)
     idle = _settled()
-    for network in middling:
+    for network in MIDDLING:
         before = _settled()
         machine.reset_peak()
         _train(*network)
@@ -70,6 +73,18 @@ def measure(threads: int) -> dict[str, Any]:
         _settled()
         touched += max(0, grown - _allocated(*network))
     return {"idle": idle, "lean": lean, "touched": touched}
+
+
+def idle_of_job(job: Job, *, preprocessing: dict[str, Any], index: list[int], threads: int) -> int:
+    """Resident bytes of this process, thought to be fresh, once it has opened a job's data, read the rows `index` and made tiny steps
+    of networks that are not the job's: its own is never built."""
+    torch.set_num_threads(threads)
+    feed = Feed(open_job(job), np.array(index), from_json(Preprocessing, preprocessing), batch_size=len(index))
+    next(iter(feed.ordered()))
+    spare_the_compiler()
+    for network in TINY:
+        _train(*network)
+    return _settled()
 
 
 def _convolutional(channels: int, side: int) -> tuple[nn.Module, torch.Tensor]:
@@ -88,6 +103,10 @@ def _dense(features: int, side: int) -> tuple[nn.Module, torch.Tensor]:
     """Matrix products of the size for which libraries copy operands into buffers of their own."""
     layers = (nn.Linear(features * side, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 16))
     return nn.Sequential(*layers), torch.zeros(256, features * side)
+
+
+TINY: tuple[tuple[Build, int, int], ...] = ((_convolutional, 8, 16), (_attending, 16, 8))
+MIDDLING: tuple[tuple[Build, int, int], ...] = ((_convolutional, 64, 64), (_attending, 256, 128), (_dense, 64, 64))
 
 
 def _train(build: Build, size: int, side: int) -> None:
