@@ -31,7 +31,7 @@ class Lives:
         for number, share in storages.touched.items() if resident else ():
             self.unwritten[number] = self.sizes[number] - round(self.sizes[number] * share)
             self.sizes[number] -= self.unwritten[number]
-        self.step = operators.step
+        self.step, self.kind = operators.step, operators.kind
         self.makes_node = [phase == "forward" for phase in operators.phase]  # of the graph, which goes when its step ends
         self.born, self.dies = list(storages.born), list(storages.dies)
         self.category, self.module = list(storages.category), list(storages.module)

@@ -20,13 +20,12 @@ import sys
 from array import array
 
 BEGIN, BLOCK, SCRATCH, END, FREE, STEP = range(6)
-# BEGIN an operator | BLOCK number, bytes, of which so many are never written | SCRATCH -, bytes of the operator at work
+# BEGIN an operator | BLOCK number, bytes, of which so many are never written | SCRATCH pieces, bytes in all, of the operator at work
 # END of an operator, 1 where it leaves a node of the graph | FREE number | STEP: the graph of the one before is gone
 
 ALIGNMENT = 64  # of tensors and of what oneDNN keeps
 FIRST_THRESHOLD = 968_000  # of blocks that are mapped: what importing torch leaves it at
 LARGE = 4096  # smaller blocks alone do not move the heap's end by much: it is not asked for
-WHOLE_SCRATCH, SCRATCH_PIECES = 64 << 10, 4  # a kernel asks for its scratch in pieces, of which a trace has the sum
 
 # Bytes of small objects; negative ones are aligned.
 PASSING = (24, 32, 8, 64, 104, 32, 184, -824, 40, 24, 336, 520, -32, 64, 104)
@@ -112,9 +111,8 @@ def play(requests: array[int], seed: int) -> array[int]:
             if size >= LARGE:
                 highest = max(highest, heap.held_bytes - unwritten)
         elif what == SCRATCH:
-            pieces = SCRATCH_PIECES if size >= WHOLE_SCRATCH else 1
-            for _ in range(pieces):
-                scratch.append(heap.block(size // pieces))
+            for _ in range(number):
+                scratch.append(heap.block(size // number))
                 opened[-1] += heap.small(OPEN)
                 heap.drop(heap.small(passing[operators % len(passing)]))
             highest = max(highest, heap.held_bytes - unwritten)
