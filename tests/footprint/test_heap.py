@@ -72,12 +72,10 @@ def test_settings_of_the_allocator_in_this_process_do_not_count(monkeypatch):
     assert heap.hold(lives) == plain
 
 
-def test_a_refused_block_says_its_size():
-    maker = Maker()
-    maker.operator()
-    maker.storage(1 << 62, "parameters")
-    with pytest.raises(errors.ProbeFailed, match=str(1 << 62)):
-        heap.hold(Lives(maker.trace(), rows=1, evaluation_rows=1))
+def test_blocks_larger_than_the_machine_are_held_all_the_same():
+    before, most = held_by(((), {"a": 1 << 60, "b": 1 << 60}), ("a", {}), ("b", {}))
+    assert most[0] == pytest.approx(2 << 60)
+    assert (before[1], before[2]) == (pytest.approx(1 << 60), pytest.approx(0, abs=MIB))
 
 
 def test_another_malloc_is_said(monkeypatch):

