@@ -7,6 +7,7 @@ goes on.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -16,6 +17,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,15 @@ def call(
     """
     if job is not None and job.origin is None:
         return _function(function)(job, **arguments)
+    with begin(function, job, environment=environment, **arguments) as call:
+        return call.answer(timeout)
+
+
+@contextlib.contextmanager
+def begin(
+    function: str, job: jobs.Job | None, *, environment: dict[str, str] | None = None, **arguments: Any
+) -> Iterator[Running]:
+    """`call` that goes on while the caller does something else; it is ended, answered or not, where the context is left."""
     with tempfile.TemporaryDirectory(prefix="delest-") as folder:
         request, answer, printed = (Path(folder, name) for name in ("request.json", "answer.json", "printed.txt"))
         asked = {
@@ -56,18 +68,35 @@ def call(
                 start_new_session=True,
             )
         try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise errors.ProbeFailed(f"{function} did not answer within {timeout:g} s.{_tail(printed)}") from None
+            yield Running(function, process, answer, printed)
         finally:
             end_tree(process)
-        if not answer.exists():
-            raise errors.ProbeFailed(_how_it_ended(function, process.returncode) + _tail(printed), process.returncode)
-        reply = json.loads(answer.read_text())
-    if "error" in reply:
-        kind = getattr(errors, reply["error"], errors.DelestError)
-        raise kind.rebuilt(reply["fields"])
-    return reply["value"]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A function at work in a fresh process."""
+
+    function: str
+    process: subprocess.Popen[bytes]
+    path: Path
+    printed: Path
+
+    def answer(self, timeout: float) -> Any:
+        """Wait for its JSON answer; raises as `call` does."""
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise errors.ProbeFailed(f"{self.function} did not answer within {timeout:g} s.{_tail(self.printed)}") from None
+        end_tree(self.process)
+        if not self.path.exists():
+            how = _how_it_ended(self.function, self.process.returncode)
+            raise errors.ProbeFailed(how + _tail(self.printed), self.process.returncode)
+        reply = json.loads(self.path.read_text())
+        if "error" in reply:
+            kind = getattr(errors, reply["error"], errors.DelestError)
+            raise kind.rebuilt(reply["fields"])
+        return reply["value"]
 
 
 def end_tree(process: subprocess.Popen[bytes]) -> None:

@@ -26,6 +26,7 @@ from delest.records.trace import Trace
 
 ALLOCATORS = ("glibc", "mmap", "exact", "cuda")
 STEPS = ("start", "first_step", "steady_step")
+UNOPENED = "the job's data could not be opened in a process of their own: the memory that they hold is not counted"
 JOB_SLACK_BYTES = 8 << 20  # higher end of a job's interval: its process reads ahead and loads code as it goes
 # Processors and GPUs on which a committed result of benchmarks/footprint.py backs estimates of memory.
 VALIDATED_ON: tuple[str, ...] = ("AMD EPYC",)
@@ -100,10 +101,11 @@ def estimate_loop(
 ) -> list[Footprint]:
     """One footprint for each (batch, micro-batch) of `sizes`, all from two traces.
 
-    `evaluation_rows` gives those of an evaluation batch for a micro-batch (default: the same). `build` gives the loop for a fake mode. `watched` gives a trace of real steps on few rows, for a model that branches on data;
-    `isolated` says whether it does so in another process. `idle` gives the resident bytes of the very process before it trains on a
-    processor, where they are known; else a bare one's count. Unless `whole` the peak is that of the steps, and nothing is
-    counted for checkpoints: how a script of the user's own evaluates, saves and loads is not known.
+    `evaluation_rows` gives those of an evaluation batch for a micro-batch (default: the same). `build` gives the loop for a fake
+    mode. `watched` gives a trace of real steps on few rows, for a model that branches on data; `isolated` says whether it does so
+    in another process. `idle` gives the resident bytes of the very process before it trains on a processor, None where they are
+    not known: those of a bare one then count. Unless `whole` the peak is that of the steps, and nothing is counted for
+    checkpoints: how a script of the user's own evaluates, saves and loads is not known.
     Raises `BadInput` where the model cannot be built or does not take its inputs.
     """
     with _threads(target.threads):
@@ -112,9 +114,12 @@ def estimate_loop(
         isolated = isolated or how == "trace"
         trace = replace(trace, precision=precision, state_bytes=trace.state_bytes if whole else 0)
         phases = PHASES if whole else STEPS
+        known = idle() if target.device is None else None  # before rates are measured, which wants a quiet machine
         roofline, runtime = target.roofline(), target.runtime()
-        warm = (idle() if target.device is None else None) or (runtime.lean_bytes if whole else runtime.idle_bytes)
+        warm = known or (runtime.lean_bytes if whole else runtime.idle_bytes)
         beside = (0, 0) if target.allocator == "exact" else (warm, warm + runtime.touched_bytes)
+        if whole and known is None and beside != (0, 0) and target.device is None:
+            trace = replace(trace, notes=(*trace.notes, UNOPENED))
         return [
             replace(
                 _footprint(trace, target, roofline, beside, batch, rows, (evaluation_rows or int)(rows), phases),

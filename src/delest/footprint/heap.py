@@ -12,9 +12,11 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from delest import errors
 from delest.footprint import heap_process
@@ -22,6 +24,7 @@ from delest.footprint.composition import Lives
 from delest.footprint.heap_process import BEGIN, BLOCK, END, FREE, SCRATCH, STEP
 
 SEEDS = (0, 1, 2, 3, 4)
+STEADY, REPEATS = 2, 2  # the step of a trace that is made several times, and how often
 # Of one operator's scratch a trace has the sum. oneDNN asks for its blocked operands, weights, outputs and a work space one by one.
 SCRATCH_PIECES = {"convolution": 4, "depthwise": 4, "recurrent": 4}
 _OTHER_ALLOCATORS = ("LD_PRELOAD", "MALLOC_", "GLIBC_TUNABLES")
@@ -40,53 +43,105 @@ def hold(lives: Lives, copies: Sequence[int] = (), seeds: Sequence[int] = SEEDS)
     """
     if not is_here():
         raise errors.BadInput("the allocator glibc is not this system's: choose mmap or exact.")
-    requests = array("q", (number for request in _requests(lives, copies) for number in request)).tobytes()
-    with contextlib.ExitStack() as stack:
-        processes = [stack.enter_context(_start(seed)) for seed in seeds]
-        for process in processes:
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError), process.stdin:
-                process.stdin.write(requests)
-        runs = sorted((_answer(process) for process in processes), key=max)
+    order = _order(lives)
+    requests = array("q", (number for request in _requests(lives, order, copies) for number in request)).tobytes()
+    runs = sorted(_play(requests, seeds), key=max)
     run = runs[len(runs) // 2].tolist()
-    return run[0:-2:2], run[1:-2:2], run[-1]
+    before, most = [0] * lives.count, [0] * lives.count
+    for k, at_first, highest in zip(order, run[0:-2:2], run[1:-2:2], strict=True):  # the last time counts
+        before[k], most[k] = at_first, highest
+    return before, most, run[-1]
 
 
-def _requests(lives: Lives, copies: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+def _order(lives: Lives) -> list[int]:
+    """The operators as they are played: the steady step several times, in which the heap settles."""
+    steady = [k for k, step in enumerate(lives.step) if step == STEADY]
+    if not steady or not _successors(lives, steady):
+        return list(range(lives.count))
+    return [*range(steady[-1] + 1), *(REPEATS - 1) * steady, *range(steady[-1] + 1, lives.count)]
+
+
+def _successors(lives: Lives, steady: Sequence[int]) -> dict[int, int]:
+    """For what the first step leaves and the steady one frees (its gradients), what the steady one leaves in its place; none
+    where they do not leave the same."""
+    first, last = steady[0], steady[-1]
+    there = [i for i, born in enumerate(lives.born) if lives.sizes[i] and born < lives.dies[i]]
+    left = [i for i in there if lives.step[lives.born[i]] == STEADY - 1 and first <= lives.dies[i] <= last]
+    places: dict[int, list[int]] = {}
+    for i in there:
+        if first <= lives.born[i] <= last < lives.dies[i]:
+            places.setdefault(lives.sizes[i], []).append(i)
+    if sorted(lives.sizes[i] for i in left) != sorted(size for size, those in places.items() for _ in those):
+        return {}
+    return {i: places[lives.sizes[i]].pop(0) for i in left}
+
+
+def _requests(lives: Lives, order: Sequence[int], copies: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
     births, deaths = lives.events()
-    for k in range(lives.count):
-        if k and lives.step[k] != lives.step[k - 1]:
+    successors = _successors(lives, steady) if (steady := [k for k in range(lives.count) if lives.step[k] == STEADY]) else {}
+    blocks: dict[int, int] = {}  # of storages that live
+    left: dict[int, int] = {}  # of storages that the step before left
+    made, seen = 0, -1  # blocks so far, the operator before
+    for k in order:
+        if seen >= 0 and (k < seen or lives.step[k] != lives.step[seen]):
             yield STEP, 0, 0, 0
-        yield from ((FREE, number, 0, 0) for number in deaths[k])
+        if k < seen:
+            left = {number: blocks.pop(after) for number, after in successors.items()}
+        seen = k
+        for number in deaths[k]:
+            block = left.pop(number) if number in left else blocks.pop(number, None)
+            if block is not None:  # else it went in the first of the repeated steps
+                yield FREE, block, 0, 0
         yield BEGIN, 0, 0, 0
         if lives.scratch[k]:  # first: what a kernel returns is most often copied out of its scratch
             yield SCRATCH, SCRATCH_PIECES.get(lives.kind[k], 1), lives.scratch[k], 0
         for number in births[k]:
             unwritten = lives.unwritten.get(number, 0)
-            yield BLOCK, number, lives.sizes[number] + unwritten, unwritten
+            blocks[number] = made
+            yield BLOCK, made, lives.sizes[number] + unwritten, unwritten
+            made += 1
         yield END, int(lives.makes_node[k]), 0, 0
     rest = set(lives.at_rest())
     yield STEP, 0, 0, 0
-    yield from ((FREE, number, 0, 0) for number in deaths[lives.count] if number not in rest)
+    yield from ((FREE, block, 0, 0) for number, block in blocks.items() if number not in rest)
     yield BEGIN, 0, 0, 0
-    yield from ((BLOCK, len(lives.sizes) + i, size, 0) for i, size in enumerate(copies))
+    yield from ((BLOCK, made + i, size, 0) for i, size in enumerate(copies))
     yield END, 0, 0, 0
 
 
-def _start(seed: int) -> subprocess.Popen[bytes]:
-    """A process with the default allocator, whatever this one was started with."""
+def _play(requests: bytes, seeds: Sequence[int]) -> list[array[int]]:
+    """What each process answers, with the default allocator whatever this one was started with. None is left running."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(_OTHER_ALLOCATORS)}
-    command = [sys.executable, "-I", "-S", str(Path(heap_process.__file__)), str(seed)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
+    command = [sys.executable, "-I", "-S", str(Path(heap_process.__file__))]
+    with contextlib.ExitStack() as stack:
+        given = stack.enter_context(tempfile.NamedTemporaryFile())
+        given.write(requests)
+        given.flush()
+        processes = []
+        for seed in seeds:
+            answer, said = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+            source = stack.enter_context(open(given.name, "rb"))
+            process = subprocess.Popen([*command, str(seed)], stdin=source, stdout=answer, stderr=said, env=environment)
+            stack.callback(_end, process)
+            processes.append((process, answer, said))
+        return [_answer(*each) for each in processes]
 
 
-def _answer(process: subprocess.Popen[bytes]) -> array[int]:
-    assert process.stdout is not None
-    assert process.stderr is not None
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+def _answer(process: subprocess.Popen[bytes], answer: IO[bytes], said: IO[bytes]) -> array[int]:
+    try:
+        status = process.wait(_LIMIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise errors.ProbeFailed(f"the heap's replay did not end within {_LIMIT_SECONDS:g} s.") from None
     held = array("q")
-    held.frombytes(process.stdout.read())
-    said = process.stderr.read().decode(errors="replace").strip().splitlines()
-    if process.wait(_LIMIT_SECONDS) or not held:
-        raise errors.ProbeFailed(f"the heap could not be replayed: {said[-1] if said else 'no answer'}", process.returncode)
+    answer.seek(0)
+    held.frombytes(answer.read())
+    if status or not held:
+        said.seek(0)
+        lines = said.read().decode(errors="replace").strip().splitlines()
+        raise errors.ProbeFailed(f"the heap could not be replayed: {lines[-1] if lines else 'no answer'}", status)
     return held

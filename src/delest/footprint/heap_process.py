@@ -15,9 +15,10 @@ stay, are those of every request that was recorded in trainings of thirty networ
 from __future__ import annotations
 
 import ctypes
+import mmap
 import random
 import sys
-from array import array
+from collections.abc import Iterable
 
 BEGIN, BLOCK, SCRATCH, END, FREE, STEP = range(6)
 # BEGIN an operator | BLOCK number, bytes, of which so many are never written | SCRATCH pieces, bytes in all, of the operator at work
@@ -87,32 +88,42 @@ class Heap:
     def small(self, sizes: tuple[int, ...]) -> list[int]:
         return [self._malloc(size) if size > 0 else self._memalign(ALIGNMENT, -size) for size in sizes]
 
-    def drop(self, pointers: list[int]) -> None:
+    def drop(self, pointers: Iterable[int]) -> None:
         for pointer in pointers:
             self._free(pointer)
 
 
-def play(requests: array[int], seed: int) -> array[int]:
-    heap, chance = Heap(), random.Random(seed)
+def numbers(count: int) -> memoryview:
+    """So many int64 zeros outside malloc: what this process notes must not lie in the heap that it looks at."""
+    return memoryview(mmap.mmap(-1, max(8, 8 * count))).cast("q")
+
+
+def play(requests: memoryview, seed: int) -> memoryview:
+    """Answers to all requests. Blocks are numbered from 0 in order of their requests."""
+    count = len(requests) // 4
+    answers, pointers, spared_bytes = numbers(2 * count), numbers(count), numbers(count)
+    beside, nodes = numbers(count * len(BESIDE_BLOCK)), numbers(count * len(NODE))
+    chance = random.Random(seed)
     passing = [tuple(chance.sample(PASSING, PASSING_AT_ONCE)) for _ in range(257)]
-    blocks: dict[int, tuple[int, list[int], int]] = {}  # pointer, small objects, bytes that take no memory
+    heap = Heap()
     scratch: list[int] = []
     opened: list[list[int]] = [[] for _ in range(OPEN_OPERATORS)]
-    nodes: list[int] = []
-    answers, unwritten, operators, highest = array("q"), 0, 0, 0
-    for at in range(0, len(requests), 4):
-        what, number, size, spared = requests[at : at + 4]
+    operators = node_count = unwritten = highest = 0
+    width = len(BESIDE_BLOCK)
+    for at in range(0, 4 * count, 4):
+        what, number, size, spared = requests[at], requests[at + 1], requests[at + 2], requests[at + 3]
         if what == BEGIN:
-            operators += 1
             highest = heap.held_bytes - unwritten
-            answers.append(highest)
+            answers[2 * operators] = highest
             heap.drop(heap.small(passing[operators % len(passing)]))
             opened[-1] += heap.small(OPEN)
         elif what == BLOCK:
             pointer = heap.block(size)
             spared = heap.new_share(pointer, size, spared)
             unwritten += spared
-            blocks[number] = pointer, heap.small(BESIDE_BLOCK), spared
+            pointers[number], spared_bytes[number] = pointer, spared
+            for i, each in enumerate(heap.small(BESIDE_BLOCK)):
+                beside[width * number + i] = each
             if size >= LARGE:
                 highest = max(highest, heap.held_bytes - unwritten)
         elif what == SCRATCH:
@@ -122,29 +133,29 @@ def play(requests: array[int], seed: int) -> array[int]:
                 heap.drop(heap.small(passing[operators % len(passing)]))
             highest = max(highest, heap.held_bytes - unwritten)
         elif what == FREE:
-            pointer, beside, spared = blocks.pop(number)
-            unwritten -= spared
-            heap.free(pointer)
-            heap.drop(beside)
+            unwritten -= spared_bytes[number]
+            heap.free(pointers[number])
+            heap.drop(beside[width * number : width * (number + 1)])
         elif what == END:
             for pointer in scratch:
                 heap.free(pointer)
             scratch.clear()
-            if number:
-                nodes += heap.small(NODE)
+            for each in heap.small(NODE) if number else ():
+                nodes[node_count] = each
+                node_count += 1
             opened.append([])
             heap.drop(opened.pop(0))
-            answers.append(max(highest, heap.held_bytes - unwritten))
+            answers[2 * operators + 1] = max(highest, heap.held_bytes - unwritten)
+            operators += 1
         elif what == STEP:
-            heap.drop(nodes)
-            nodes.clear()
-    return answers
+            heap.drop(nodes[:node_count])
+            node_count = 0
+    return answers[: 2 * operators]
 
 
 def main() -> None:
-    requests = array("q")
-    requests.frombytes(sys.stdin.buffer.read())
-    sys.stdout.buffer.write(play(requests, int(sys.argv[1])).tobytes())
+    requests = mmap.mmap(sys.stdin.fileno(), 0, access=mmap.ACCESS_READ)
+    sys.stdout.buffer.write(play(memoryview(requests).cast("q"), int(sys.argv[1])))
 
 
 if __name__ == "__main__":

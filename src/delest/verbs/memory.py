@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -223,8 +223,8 @@ def _sweep_job(
     plan = Plan(batch_size=max(batches), micro_batch=max(batches), choices=_asked(place.job), threads=used)
     example = _example(place, wishes.get("sequence_length"))
     sizes = [(batch, min(batch, micro_batch or batch)) for batch in batches]
-    with ThreadPoolExecutor(1) as beside:  # a process of its own, while this one traces
-        idle = beside.submit(_idle_bytes, place, used) if target.name == "cpu" else None
+    counted = target.name == "cpu" and target.allocator != "exact"
+    with _idle_process(place, used) if counted else contextlib.nullcontext(lambda: None) as idle:
         found = estimate_loop(
             lambda mode: JobLoop(place.job, plan, place.source.schema, example),
             sizes,
@@ -232,28 +232,35 @@ def _sweep_job(
             evaluation_rows=lambda rows: rows if rows == micro_batch else max(rows, 256),  # as the session has it
             precision="bf16" if place.job.recipe.precision == "bf16" else "fp32",
             watched=lambda: _watch(place, used, wishes.get("sequence_length")),
-            idle=lambda: None if idle is None else idle.result(),
+            idle=idle,
         )
     return tuple(found)
 
 
-def _idle_bytes(place: Workplace, threads: int) -> int | None:
-    """What a process holds that has opened the job's data, before its model; None where it cannot be opened elsewhere."""
+@contextlib.contextmanager
+def _idle_process(place: Workplace, threads: int) -> Iterator[Callable[[], int | None]]:
+    """Waits for what a process holds that has opened the job's data, before its model; it works while this one traces. None for a job
+    that cannot be rebuilt elsewhere, and where its process fails."""
+    from delest.footprint.runtime import MAPPED
+
     if place.job.origin is None:
-        return None
+        yield lambda: None
+        return
     asked: dict[str, Any] = {
         "preprocessing": preprocessing_json(place),
         "index": [int(row) for row in place.splits["train"][:2]],
     }
-    from delest.footprint.runtime import MAPPED
-
     environment = {**MAPPED, "OMP_NUM_THREADS": str(threads)}
-    try:
-        return int(
-            processes.call("delest.footprint.runtime:idle_of_job", place.job, environment=environment, threads=threads, **asked)
-        )
-    except errors.ProbeFailed:
-        return None
+    function = "delest.footprint.runtime:idle_of_job"
+    with processes.begin(function, place.job, environment=environment, threads=threads, **asked) as running:
+
+        def answer() -> int | None:
+            try:
+                return int(running.answer(timeout=120.0))
+            except errors.ProbeFailed:
+                return None
+
+        yield answer
 
 
 def _as_wished(job: Any, wishes: Mapping[str, Any]) -> jobs.Job:
