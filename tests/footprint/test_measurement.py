@@ -183,7 +183,9 @@ def test_a_single_step_has_no_spread_and_the_timeline_can_be_left_out():
     footprint = measure(small_job(), steps=1, timeline=False)
     assert footprint.step_seconds_spread == 0
     assert footprint.timeline is None
-    assert footprint.breakdown["parameters"] == 4 * (16 * 8 + 8 + 8 * 4 + 4)
+    # In a process that has memory to spare already, so small a job makes none resident.
+    grown = footprint.peak_bytes - footprint.runtime_bytes
+    assert footprint.breakdown["parameters"] == min(grown, 4 * (16 * 8 + 8 + 8 * 4 + 4))
     assert sum(footprint.breakdown.values()) == footprint.peak_bytes
 
 
