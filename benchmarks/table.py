@@ -27,13 +27,16 @@ def render() -> str:
     lines = [
         f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['instruction_sets'])}), "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, no GPU; Python {versions['python']}, torch {versions['torch']}, "
-        f"ONNX Runtime {versions['onnxruntime']}, Lightning {versions.get('lightning', 'none')}.",
+        f"ONNX Runtime {versions['onnxruntime']}, Lightning {versions.get('lightning', 'none')}. Rows marked * on another: "
+        f"{', '.join(name for name in read('footprint')['machine']['instruction_sets'] if name not in machine['instruction_sets'])} besides.",
         "",
         "| what | baseline | delest | reproduce by |",
         "|---|---|---|---|",
         *_digits(digits["rows"]),
         *_run({row["row"]: row for row in run["rows"]}),
         *_footprint(read("footprint")["rows"]),
+        *_step_time(read("step_time")["bounds"]),
+        *_scripts(read("measure_scripts")["rows"]),
         _published(read("published")["bounds"]),
         _startup({row["row"]: row for row in startup["rows"]}),
     ]
@@ -89,7 +92,7 @@ def _footprint(rows: list[dict[str, Any]]) -> list[str]:
         if "raised" not in said:
             theirs.append(abs(said["bytes"] / real - 1))
     return [
-        f"| peak memory of {len(ours)} trainings (CPU, fixed mmap threshold), estimated before they run: error, median and worst | {_errors(theirs)} (MemTracker; {raised} raise) "
+        f"| * peak memory of {len(ours)} trainings (CPU, fixed mmap threshold), estimated before they run: error, median and worst | {_errors(theirs)} (MemTracker; {raised} raise) "
         f"| **{_errors(ours)}**, in {statistics.median(seconds):.1f} s | `python benchmarks/footprint.py` |"
     ]
 
@@ -98,11 +101,28 @@ def _errors(errors: list[float]) -> str:
     return f"{100 * statistics.median(errors):.1f} %, {100 * max(errors):.0f} %"
 
 
+def _step_time(bounds: list[dict[str, Any]]) -> list[str]:
+    values = {bound["name"]: bound["value"] for bound in bounds}
+    if not values:
+        return []
+    alone, probed = (values[f"{how}, all cases: median error"] for how in ("roofline alone", "one probe"))
+    return [
+        f"| * step time of the same trainings: median error, from rates alone and from one probe of another configuration | "
+        f"| **{100 * alone:.0f} %, {100 * probed:.0f} %** | `python benchmarks/step_time.py` |"
+    ]
+
+
+def _scripts(rows: list[dict[str, Any]]) -> list[str]:
+    """What `delest measure -- python` costs scripts of others."""
+    ratios = ", ".join(f"{row['row'].partition('_')[0]} {100 * (row['ratio'] - 1):+.1f} %" for row in rows)
+    return [f"| * step time of scripts that are being measured | | **{ratios}** | `python benchmarks/measure_scripts.py` |"]
+
+
 def _published(bounds: list[dict[str, Any]]) -> str:
     values = {bound["name"]: bound["value"] for bound in bounds}
     median, worst = (values[f"memory, training rows, {name}"] for name in ("median of 17", "worst"))
     return (
-        f"| peak memory of 17 published GPU trainings, without a GPU: error, median and worst | | **{100 * median:.1f} %, {100 * worst:.0f} %** "
+        f"| * peak memory of 17 published GPU trainings, without a GPU: error, median and worst | | **{100 * median:.1f} %, {100 * worst:.0f} %** "
         f"| `python benchmarks/published.py --data CSV` |"
     )
 

@@ -2,7 +2,7 @@
 
 glibc keeps freed blocks in its heap, merges neighbours, maps large blocks and moves the size from which on it does so. All of that
 is its own code here, on requests of the right sizes in the right order; `heap_process.py` adds the small objects between them. Which
-hole a block finds hangs on chance in a real process too: a few runs with other small objects are made, and the middle one counts.
+hole a block finds hangs on chance in a real process too: a few runs with other small objects are made, and their mean counts.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ def hold(lives: Lives, copies: Sequence[int] = (), seeds: Sequence[int] = SEEDS)
         raise errors.BadInput("the allocator glibc is not this system's: choose mmap or exact.")
     order = _order(lives)
     requests = array("q", (number for request in _requests(lives, order, copies) for number in request)).tobytes()
-    runs = sorted(_play(requests, seeds), key=max)
-    run = runs[len(runs) // 2].tolist()
+    run = [sum(held) // len(seeds) for held in zip(*_play(requests, seeds), strict=True)]
     before, most = [0] * lives.count, [0] * lives.count
     for k, at_first, highest in zip(order, run[0:-2:2], run[1:-2:2], strict=True):  # the last time counts
         before[k], most[k] = at_first, highest
