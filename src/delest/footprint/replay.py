@@ -38,8 +38,9 @@ SIMULATIONS = {
     "exact": Simulation(Exact, 0.97, 1.03, _SLACK),
     "mmap": Simulation(Mapped, 0.97, 1.03, _SLACK),
     "cuda": Simulation(Caching, 0.97, 1.03, _SLACK),
-    # A quarter of its midpoint wide: processes that run the same steps differ by up to a fifth.
-    "glibc": Simulation(None, 0.885, 1.135),
+    # A quarter of its midpoint wide: processes that run the same steps differ by up to a fifth. Its midpoint is 1.04 of the peak, by as
+    # much as the mean of the tuning cases held more.
+    "glibc": Simulation(None, 0.915, 1.17),
 }
 # Under default glibc the thirty tuning cases of benchmarks/footprint.py held this much more at the peak than with a fixed threshold (median;
 # 1.18 on an AVX2 processor, 1.19 on one with AVX-512). Weights from 0.3 to 0.4 put 29 of them inside, 0 put 27 or 28.
