@@ -185,3 +185,22 @@ def test_end_tree_of_a_process_that_has_ended():
     process.wait()
     processes.end_tree(process)
     assert process.returncode == 0
+
+
+def test_a_call_that_goes_on_ends_with_its_context(job, tmp_path):
+    pids = tmp_path / "pids"
+
+    def leave() -> None:
+        with processes.begin("children:sleep", job, environment=ENVIRONMENT, pids=str(pids)):
+            wait_until(pids.exists)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        leave()
+    wait_until(lambda: not any(is_running(pid) for pid in read_pids(pids)))
+
+
+def test_a_call_goes_on_while_its_caller_does_something_else(job):
+    with processes.begin("children:add", None, environment=ENVIRONMENT, left=1, right=2) as running:
+        assert is_running(running.process.pid)
+        assert running.answer(60)["sum"] == 3

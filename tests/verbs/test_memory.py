@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import delest
-from delest import cli, errors
+from delest import cli, errors, processes
 
 
 def mlp() -> nn.Module:
@@ -54,6 +54,15 @@ def test_optimizers_differ_by_their_state() -> None:
         for name in ("sgd", "adamw")
     }
     assert peaks["adamw"] > peaks["sgd"]
+
+
+def test_a_job_counts_what_a_process_holds_that_has_opened_its_data(npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = delest.estimate(str(npz))
+    begin = processes.begin
+    monkeypatch.setattr(processes, "begin", lambda function, job, **more: begin("delest.footprint.runtime:none", job, **more))
+    bare = delest.estimate(str(npz))
+    assert bare.runtime_bytes < opened.runtime_bytes
+    assert [any("could not be opened" in note for note in found.notes) for found in (opened, bare)] == [False, True]
 
 
 def test_a_sweep_agrees_with_single_estimates() -> None:
