@@ -120,8 +120,9 @@ def test_a_poor_script_that_fails_keeps_its_end_and_gets_remedies(
     assert measured.step_seconds is not None
     if workers == 0:
         assert 0.04 <= measured.waiting_seconds <= measured.step_seconds * 1.5
-        assert any("waiting for data" in remedy.what for remedy in measured.remedies)  # first where the machine is not busy
-        assert any("evaluation keeps activations" in remedy.what for remedy in measured.remedies)
+        # Four apply; which three would help most depends on how fast the machine computes just now (test_remedies.py holds each).
+        known = ("waiting for data", "evaluation keeps activations")
+        assert any(words in remedy.what for words in known for remedy in measured.remedies)
     assert 1 <= len(measured.remedies) <= 3  # what would save next to nothing on this machine is left out
 
 
