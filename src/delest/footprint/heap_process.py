@@ -8,7 +8,7 @@ whatever their size.
 
 Between its blocks a training asks for small objects without end: nodes of the graph, tensors, what a library notes of a kernel.
 They settle in what is cut off around aligned blocks and in the holes that blocks leave, which are then too small for the next
-block of that size. Without them a replay holds a tenth less than a training does, at worst a third. Their sizes, and how long they
+block of that size. Without them a replay holds a tenth less than a training does, at worst three tenths. Their sizes, and how long they
 stay, are those of every request that was recorded in trainings of thirty networks (the tuning cases of benchmarks/zoo.json).
 """
 
@@ -31,9 +31,8 @@ LARGE = 4096  # smaller blocks alone do not move the heap's end by much: it is n
 # Bytes of small objects; negative ones are aligned.
 PASSING = (24, 32, 8, 64, 104, 32, 184, -824, 40, 24, 336, 520, -32, 64, 104)
 PASSING_AT_ONCE = 9  # freed before the next block is asked for
-PASSING_FOR_SCRATCH = (
-    3  # times as many beside a piece of scratch: 70 to 100 objects came with each block of a convolution, 30 to 40 elsewhere
-)
+# So many times as many beside a piece of scratch: 60 to 100 objects came with a block in networks of convolutions, 15 to 50 elsewhere.
+PASSING_FOR_SCRATCH = 3
 OPEN, OPEN_OPERATORS = (24, 64, 104, 184, 8, -768), 3  # freed some operators later
 BESIDE_BLOCK = (184, 104, 24)  # a tensor and its storage: freed with the block
 NODE = (520, 16, 16, 16, 24, 24, 184, 104, 32, 8)  # of the graph

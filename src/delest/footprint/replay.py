@@ -43,7 +43,7 @@ SIMULATIONS = {
     "glibc": Simulation(None, 0.915, 1.17),
 }
 # Under default glibc the thirty tuning cases of benchmarks/footprint.py held this much more at the peak than with a fixed threshold (median;
-# 1.18 on an AVX2 processor, 1.19 on one with AVX-512). Weights from 0.3 to 0.4 put 29 of them inside, 0 put 27 or 28.
+# 1.18 on an AVX2 processor, 1.19 on one with AVX-512). Of trials, weights from 0.3 to 0.4 put most of them inside.
 USUAL, USUAL_WEIGHT = 1.19, 0.3
 # What hangs on a node of the graph outside tensors' memory, under torch 2.13: the growth of the resident set over 4,000 small operators
 # in a row, less their tensors', was 530 bytes each for views, 560 to 930 for elementwise operators, 1,025 for products.
