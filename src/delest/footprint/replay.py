@@ -38,13 +38,10 @@ SIMULATIONS = {
     "exact": Simulation(Exact, 0.97, 1.03, _SLACK),
     "mmap": Simulation(Mapped, 0.97, 1.03, _SLACK),
     "cuda": Simulation(Caching, 0.97, 1.03, _SLACK),
-    # A quarter of its midpoint wide: processes that run the same steps differ by up to a fifth. Its midpoint is 1.04 of the peak, by as
+    # A quarter of its midpoint wide: processes that run the same steps differ by up to a fifth. Its midpoint is 1.02 of the peak, by as
     # much as the mean of the tuning cases held more.
-    "glibc": Simulation(None, 0.915, 1.17),
+    "glibc": Simulation(None, 0.895, 1.145),
 }
-# Under default glibc the thirty tuning cases of benchmarks/footprint.py held this much more at the peak than with a fixed threshold (median;
-# 1.18 on an AVX2 processor, 1.19 on one with AVX-512). Of trials, weights from 0.3 to 0.4 put most of them inside.
-USUAL, USUAL_WEIGHT = 1.19, 0.3
 # What hangs on a node of the graph outside tensors' memory, under torch 2.13: the growth of the resident set over 4,000 small operators
 # in a row, less their tensors', was 530 bytes each for views, 560 to 930 for elementwise operators, 1,025 for products.
 NODE_BYTES = 750
@@ -139,9 +136,8 @@ def _run(make: Callable[[], Allocator] | None, lives: Lives, copied_bytes: int) 
     state = [lives.sizes[number] for number in sorted(rest) if lives.category[number] in LASTING]
     copies = _in_proportion(copied_bytes, state)
     if make is None:
-        least = _run(Mapped, lives, copied_bytes)
         _, held, copied = heap.hold(lives, [size for size in copies if size])
-        return _Run([_tempered(*pair) for pair in zip(held, least.held, strict=True)], _tempered(copied, least.copied), None)
+        return _Run(held, copied, None)
     allocator = make()
     births, deaths = lives.events()
     handles: dict[int, int] = {}
@@ -157,11 +153,6 @@ def _run(make: Callable[[], Allocator] | None, lives: Lives, copied_bytes: int) 
     for number in [number for number in handles if number not in rest]:
         allocator.free(handles.pop(number))
     return _Run(held, _held_with(allocator, copies), getattr(allocator, "peak_allocated_bytes", None))
-
-
-def _tempered(held: int, least: int) -> int:
-    """What chance did in the replays, a part of the way back to what is usual; never below what is held at the least."""
-    return max(least, round(held ** (1 - USUAL_WEIGHT) * (USUAL * least) ** USUAL_WEIGHT))
 
 
 def _held_with(allocator: Allocator, sizes: Sequence[int]) -> int:
