@@ -23,7 +23,7 @@ from delest.footprint import heap_process
 from delest.footprint.composition import Lives
 from delest.footprint.heap_process import BEGIN, BLOCK, END, FREE, KEPT, SCRATCH, STEP
 
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = tuple(range(10))
 STEADY, REPEATS = 2, 2  # the step of a trace that is made several times, and how often
 # Of one operator's scratch a trace has the sum. oneDNN asks for its blocked operands, weights, outputs and a work space one by one.
 SCRATCH_PIECES = {"convolution": 4, "depthwise": 4, "recurrent": 4}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from delest.backends.torch import kernels
+from delest.backends.torch import fake_sparse, kernels
 from delest.backends.torch.building import is_fake
 from delest.backends.torch.costs import cost
 from delest.records.trace import Category, Phase
@@ -59,7 +59,8 @@ class Recorder(TorchDispatchMode):
         """Note tensors that exist already, or say what those are for that an operator made."""
         numbers = [number for tensor in tensors for number in self._numbers_of(tensor, module)]
         for number in numbers:
-            self.category[number] = category
+            if self.category[number] != "data":  # a sparse gradient's indices can be the batch's own
+                self.category[number] = category
             if module:
                 self.storage_module[number] = module
         return numbers
@@ -114,7 +115,9 @@ class Recorder(TorchDispatchMode):
             return 1.0 if value is None and is_fake(args[0]) else func(*args, **kwargs)
         given = [tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
         reads = tuple(dict.fromkeys(number for tensor in given for number in self._numbers_of(tensor, "")))
-        outputs = func(*args, **kwargs)
+        outputs = fake_sparse.answer(func, args, kwargs)
+        if outputs is None:
+            outputs = func(*args, **kwargs)
         made = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         given = [tensor for tensor in tree_leaves(made) if isinstance(tensor, Tensor)]
         writes = tuple(dict.fromkeys(number for tensor in given for number in self._numbers_of(tensor, module)))
