@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from delest.methods import Stage
+    from delest.methods import Configs, Stage
     from delest.records.plan import Keeps
 
 STAGE: Stage = "build"
@@ -13,6 +13,10 @@ STAGE: Stage = "build"
 
 def keeps(config: dict[str, Any], *, batch_statistics: bool) -> Keeps:
     return "rounding"
+
+
+def conflicts(config: dict[str, Any], others: Configs) -> str | None:
+    return None
 
 
 def code(config: dict[str, Any]) -> str:

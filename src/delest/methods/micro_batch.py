@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from delest.methods import Stage
+    from delest.methods import Configs, Stage
     from delest.records.plan import Keeps
 
 STAGE: Stage = "step"
@@ -17,6 +17,10 @@ STAGE: Stage = "step"
 
 def keeps(config: dict[str, Any], *, batch_statistics: bool) -> Keeps:
     return "distribution" if batch_statistics else "rounding"
+
+
+def conflicts(config: dict[str, Any], others: Configs) -> str | None:
+    return None
 
 
 def code(config: dict[str, Any]) -> str:
