@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "methods": FLOOR,
     "backends": FLOOR | {"methods"},
     "footprint": FLOOR | {"hardware", "data", "backends", "bundle"},
-    "planning": FLOOR | {"methods"},
+    "planning": FLOOR | {"methods", "footprint"},
     "training": FLOOR | {"hardware", "data", "backends"},
     "shrinking": FLOOR | {"data", "bundle", "backends", "training", "footprint"},
     "reporting": FLOOR,

@@ -7,12 +7,21 @@ from typing import Any
 from delest.cli import Answer, options
 
 EXAMPLE = "delest plan examples/digits.py --memory 400MiB"
-BUDGET: options.Group = {name: options.TRAINING[name] for name in ("memory", "device", "threads")}
+BUDGET: options.Group = {
+    **{name: options.TRAINING[name] for name in ("memory", "device", "threads")},
+    "exact": options.option(bool, "--exact", "only what keeps the results, bit for bit or to rounding", undo=False),
+}
+ABOUT: options.Group = {"explain": options.option(str, "--explain", "say all about one method, chosen or not", "METHOD")}
 
 
-@options.with_options(changes=options.JOB, budget=BUDGET)
+@options.with_options(changes=options.JOB, budget=BUDGET, about=ABOUT)
 def plan(
-    job: options.JobArgument = None, *, quiet: options.QuietOption = False, changes: dict[str, Any], budget: dict[str, Any]
+    job: options.JobArgument = None,
+    *,
+    quiet: options.QuietOption = False,
+    changes: dict[str, Any],
+    budget: dict[str, Any],
+    about: dict[str, Any],
 ) -> Answer:
     """Show how a job would be trained within a budget.
 
@@ -21,6 +30,10 @@ def plan(
     from delest import verbs
     from delest.reporting import text
 
+    method = about.get("explain")
+    explained = None if method is None else verbs.explain(method)
     found = options.read_job(job, changes)
     plan = verbs.plan(found, say=verbs.progress(quiet=quiet), **options.read_training(budget))
+    if method is not None and explained is not None:
+        return Answer(plan, lambda: text.explained_text(plan, method, explained))
     return Answer(plan, lambda: text.plan_text(plan))

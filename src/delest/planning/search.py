@@ -1,158 +1,36 @@
-"""The plan for one job on one machine, from a probe's figures."""
+"""The fastest plan that keeps within a budget: from a probe's figures where they are enough, else over traces."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
-from delest import errors, methods
-from delest.job import Job
-from delest.records.footprint import Footprint
-from delest.records.plan import Choice, Plan, Rejection
-from delest.units import format_bytes, format_seconds
+from delest import errors
+from delest.planning import probed, traced
+from delest.planning.request import Request
+from delest.planning.traced import Retrace
+from delest.records.hardware import Roofline
+from delest.records.plan import Plan
 
-MARGIN = 0.10  # of what training adds: a step's resident set varies by 6 % between processes (docs/log.md)
-MARGIN_BYTES = 24 << 20
-SLACK_BYTES = 8 << 20  # a process that asks again starts a few MiB higher or lower
-LEAST_GAIN = 0.05  # a method that gains less than this share of the step's time is not worth a change
+SHORT_STEP_SECONDS = 0.05  # tracing takes longer than such a step can win back
 
 
-@dataclass(frozen=True)
-class Costs:
-    """A probe's figures as functions of the rows that are in memory at once. Bytes are of the whole process."""
+def choose(request: Request, tracing: Callable[[], tuple[Retrace, Roofline]] | None = None) -> Plan | None:
+    """The plan for a request; None where only traces can tell, and `tracing` is not given.
 
-    idle_bytes: int
-    probe: Mapping[str, Any]
-
-    def phases(self, rows: int, batch_size: int) -> dict[str, int]:
-        """Expected bytes by phase."""
-        added = self.probe["weights_bytes"] if rows < batch_size else 0  # gradients of earlier parts stay meanwhile
-        start = self.idle_bytes + self.probe["base_bytes"]
-        return {
-            "start": start,
-            "first_step": self.idle_bytes + self._line("first", rows) + added,
-            "steady_step": self.idle_bytes + self._line("steady", rows) + added,
-            "evaluation": self.idle_bytes + self._line("evaluation", rows),
-            "saving": start + 2 * self.probe["state_bytes"],
-        }
-
-    def _line(self, name: str, rows: int) -> int:
-        """The straight line through the probed sizes (and the built session at 0 rows), never falling."""
-        points = [(sample["rows"], sample[name]) for sample in self.probe["samples"]]
-        (low_rows, low), (high_rows, high) = (
-            (points[0], points[-1]) if len(points) > 1 else ((0, self.probe["base_bytes"]), points[0])
-        )
-        slope = max(0.0, (high - low) / (high_rows - low_rows))
-        return int(max(high if rows >= high_rows else 0, high + slope * (rows - high_rows), self.probe["base_bytes"]))
-
-    def seconds(self, batch_size: int) -> float:
-        """Of one step on the whole batch, from the largest probed size."""
-        largest = self.probe["samples"][-1]
-        return largest["seconds"] * batch_size / largest["rows"]
-
-    def footprint(self, rows: int, batch_size: int, seconds: float, device: str, isolated: bool) -> Footprint:
-        phases = self.phases(rows, batch_size)
-        peak = max(phases.values())
-        margin = int(MARGIN * (peak - self.idle_bytes)) + MARGIN_BYTES
-        return Footprint(
-            peak_bytes=peak,
-            runtime_bytes=self.idle_bytes,
-            low_bytes=max(self.idle_bytes, peak - margin),
-            high_bytes=peak + margin,
-            phases=phases,
-            step_seconds=seconds,
-            batch_size=batch_size,
-            micro_batch=rows,
-            device=device,
-            basis="estimate",
-            how="probe",
-            isolated=isolated,
-        )
-
-
-def choose(
-    job: Job, probe: Mapping[str, Any], *, budget_bytes: int, asked: bool, idle_bytes: int, threads: int, isolated: bool
-) -> Plan:
-    """The plan with the largest micro-batch whose peak, margin included, keeps within `budget_bytes`.
-
-    `asked`: the user gave the budget, else it is what is free. Raises `NothingFits` with the smallest budget that works.
+    `tracing` gives what traces the job's step with methods applied, and this machine's rates.
+    Raises `NothingFits` with the smallest budget that works.
     """
-    costs, batch = Costs(idle_bytes, probe), job.batch_size
-    choices, rejected = _faster(job, probe)
-    seconds = costs.seconds(batch) + sum(choice.cost_seconds or 0.0 for choice in choices) * batch / min(batch, 64)
-
-    def predict(rows: int) -> Footprint:
-        return costs.footprint(rows, batch, seconds, probe["device"], isolated)
-
-    plain, least = predict(batch), min(batch, 2 if probe["batch_statistics"] else 1)
-    if predict(least).high_bytes > budget_bytes:
-        smallest = predict(least).high_bytes + SLACK_BYTES
-        raise errors.NothingFits(
-            f"nothing fits {format_bytes(budget_bytes)}: with {least} row{'s' * (least > 1)} at a time training still needs up to "
-            f"{format_bytes(smallest)}, of which the libraries alone take {format_bytes(idle_bytes)}. "
-            f"The smallest budget that works is --memory {math.ceil(smallest / 2**20)}MiB.",
-            smallest,
-        )
-    rows = batch if plain.high_bytes <= budget_bytes else _largest(predict, least, batch, budget_bytes)
-    if rows < batch:
-        parts = math.ceil(batch / rows)
-        saved = plain.peak_bytes - predict(rows).peak_bytes
-        why = f"the whole batch of {batch} would need up to {format_bytes(plain.high_bytes)}; {parts} parts of {rows} need up to {format_bytes(predict(rows).high_bytes)}"
-        choices.append(_choice("micro_batch", {"rows": rows}, probe, why, saved_bytes=saved))
-    else:
-        rejected.append(
-            Rejection(method="micro_batch", why=f"the whole batch of {batch} fits, up to {format_bytes(plain.high_bytes)}")
-        )
-    return Plan(
-        choices=tuple(choices),
-        batch_size=batch,
-        micro_batch=rows,
-        memory_bytes=budget_bytes if asked else None,
-        predicted=predict(rows),
-        plain=plain,
-        rejected=tuple(rejected),
-        threads=threads,
-        device=probe["device"],
-        code="\n".join(methods.named(choice.method).code(choice.config) for choice in choices),
-    )
-
-
-def _largest(predict: Any, least: int, batch: int, budget_bytes: int) -> int:
-    """The fewest equal parts that fit: rows are halved by parts, so that no part is much smaller than the others."""
-    for parts in range(2, batch + 1):
-        rows = math.ceil(batch / parts)
-        if rows <= least:
-            break
-        if predict(rows).high_bytes <= budget_bytes:
-            return rows
-    return least
-
-
-def _faster(job: Job, probe: Mapping[str, Any]) -> tuple[list[Choice], list[Rejection]]:
-    """Methods that the recipe asks for, and those that the probe saw gain."""
-    choices: list[Choice] = []
-    rejected: list[Rejection] = []
-    if job.recipe.memory_format == "channels_last":
-        choices.append(_choice("memory_format", {"format": "channels_last"}, probe, "the recipe asks for it"))
-    if job.recipe.precision == "bf16":
-        choices.append(_choice("precision", {"dtype": "bf16"}, probe, "the recipe asks for it"))
-    configs = {"memory_format": {"format": "channels_last"}, "precision": {"dtype": "bf16"}}
-    for method, times in probe["variants"].items():
-        gain = 1 - times["with"] / times["plain"]
-        measured = f"{format_seconds(times['with'])} a probe step against {format_seconds(times['plain'])}"
-        if gain >= LEAST_GAIN:
-            choices.append(
-                _choice(method, configs[method], probe, f"faster here: {measured}", cost_seconds=times["with"] - times["plain"])
-            )
-        else:
-            rejected.append(Rejection(method=method, why=f"no gain here: {measured}"))
-    if job.recipe.precision == "auto" and "precision" not in probe["variants"]:
-        rejected.append(Rejection(method="precision", why="bf16 products are slower than fp32 on this processor"))
-    return choices, rejected
-
-
-def _choice(method: str, config: dict[str, Any], probe: Mapping[str, Any], why: str, **figures: Any) -> Choice:
-    keeps = methods.named(method).keeps(config, batch_statistics=probe["batch_statistics"])
-    return Choice(method=method, config=config, keeps=keeps, why=why, **figures)
+    faster, rejected = probed.faster(request)
+    plain = probed.plain_footprint(request, faster)
+    if plain.high_bytes <= request.budget_bytes:
+        return probed.choose(request, faster, rejected)
+    if (plain.step_seconds or 0.0) < SHORT_STEP_SECONDS and not (request.exact and request.probe["batch_statistics"]):
+        try:
+            return probed.choose(request, faster, rejected)
+        except errors.NothingFits:
+            pass
+    if tracing is None:
+        return None
+    plan = traced.choose(request, tuple(faster), *tracing())
+    return replace(plan, rejected=(*rejected, *plan.rejected))

@@ -31,6 +31,19 @@ class Rejection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Option:
+    """A combination of methods that was compared, with what it would take."""
+
+    methods: tuple[str, ...]  # without micro_batch
+    blocks: int  # that are recomputed
+    micro_batch: int
+    peak_bytes: int
+    step_seconds: float
+    fits: bool
+    keeps: Keeps
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """What `train` follows."""
 
@@ -41,6 +54,8 @@ class Plan:
     predicted: Footprint | None = None
     plain: Footprint | None = None  # the same job with no method
     rejected: tuple[Rejection, ...] = ()
+    frontier: tuple[Option, ...] = ()  # from the least memory to the shortest step; empty where nothing had to be compared
+    considered: tuple[Option, ...] = ()  # the fastest, the chosen one first
     threads: int | None = None
     device: str = "cpu"
     code: str = ""  # the equivalent plain PyTorch

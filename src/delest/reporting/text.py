@@ -8,7 +8,7 @@ from typing import Any
 
 from delest.records.footprint import Footprint
 from delest.records.hardware import Diagnosis, Hardware, Roofline
-from delest.records.plan import Choice, Plan
+from delest.records.plan import Choice, Option, Plan
 from delest.records.run import Run, Summary
 from delest.records.shrunk import Shrunk
 from delest.reporting import words
@@ -105,8 +105,39 @@ def plan_text(plan: Plan) -> str:
         ("", table(facts)),
         ("methods", choices and table(choices, ("method", "saves", "costs a step", "results", "why"), right=(1, 2))),
         ("turned down", plan.rejected and table([(item.method, item.why) for item in plan.rejected])),
+        ("runners-up", table(_options(plan, plan.considered[1:]), _OPTION_HEADER, right=(0, 1)) if plan.considered[1:] else ""),
+        (
+            "least memory to shortest step",
+            table(_options(plan, plan.frontier), _OPTION_HEADER, right=(0, 1)) if plan.frontier else "",
+        ),
+        ("", words.more_memory_words(plan)),
         ("as plain PyTorch", textwrap.indent(plan.code.rstrip(), "  ")),
     )
+
+
+def explained_text(plan: Plan, method: str, about: str) -> str:
+    """One method: what it is, what was decided about it for this plan and why, what it does to the results."""
+    choice = next((one for one in plan.choices if one.method == method), None)
+    against = [one.why for one in plan.rejected if one.method == method]
+    verdict = f"{method}: chosen" if choice else f"{method}: not chosen"
+    figures = [
+        ("why", choice.why if choice else "; ".join(against) or "it was not needed: the plain step fits"),
+        *([("settings", words.pairs_words(choice.config))] if choice and choice.config else []),
+        *([("saves", format_bytes(choice.saved_bytes))] if choice and choice.saved_bytes is not None else []),
+        *([("costs a step", format_seconds(choice.cost_seconds))] if choice and choice.cost_seconds is not None else []),
+        *([("results", choice.keeps)] if choice else []),
+    ]
+    return sections(verdict, ("", table(figures)), ("what it is", textwrap.indent(about, "  ")))
+
+
+_OPTION_HEADER = ("peak", "a step", "results", "how")
+
+
+def _options(plan: Plan, options: Sequence[Option]) -> list[tuple[str, str, str, str]]:
+    return [
+        (format_bytes(one.peak_bytes), format_seconds(one.step_seconds), one.keeps, words.option_words(plan, one))
+        for one in options
+    ]
 
 
 def run_text(run: Run) -> str:

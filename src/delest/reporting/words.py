@@ -6,7 +6,7 @@ import math
 
 from delest.records.footprint import Footprint
 from delest.records.hardware import Hardware
-from delest.records.plan import Plan
+from delest.records.plan import Option, Plan
 from delest.records.run import Run
 from delest.records.shrunk import Bound, Candidate, Shrunk
 from delest.units import format_bytes, format_seconds
@@ -236,6 +236,28 @@ def fit_words(plan: Plan) -> str:
     of = "" if plan.memory_bytes is None else f" of {format_bytes(plan.memory_bytes)}"
     pace = "" if predicted.step_seconds is None else f", {format_seconds(predicted.step_seconds)} a step"
     return f"{'fits' if fits else 'does not fit'}: {format_bytes(predicted.peak_bytes)}{of}{pace}"
+
+
+def option_words(plan: Plan, option: Option) -> str:
+    """ "4 parts of 16 rows, 6 blocks recomputed, optimizer in backward"."""
+    parts = -(-plan.batch_size // option.micro_batch)
+    pieces = [f"{parts} parts of {option.micro_batch:,}"] if parts > 1 else ["the whole batch"]
+    if option.blocks:
+        pieces.append(f"{format_count(option.blocks, 'block')} recomputed")
+    pieces += [name.replace("_", " ") for name in option.methods if name != "activation_checkpointing"]
+    return ", ".join(pieces)
+
+
+def more_memory_words(plan: Plan) -> str:
+    """What the next GiB would buy; nothing where the plan is the fastest there is, or nothing was compared."""
+    if plan.predicted is None or not plan.frontier:
+        return ""
+    room = plan.predicted.peak_bytes + (1 << 30)
+    best = min((one for one in plan.frontier if one.peak_bytes <= room), key=lambda one: one.step_seconds, default=None)
+    now = plan.predicted.step_seconds
+    if best is None or now is None or best.step_seconds >= 0.99 * now:
+        return ""
+    return f"with 1 GiB more: {format_seconds(best.step_seconds)} a step instead of {format_seconds(now)} ({option_words(plan, best)})"
 
 
 def footprints(run: Run) -> list[tuple[str, Footprint | None]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from delest.verbs.everything import run
-from delest.verbs.look import doctor, inspect, plan
+from delest.verbs.look import doctor, explain, inspect, plan
 from delest.verbs.memory import estimate, measure, measure_script, read_budget, sweep
 from delest.verbs.ship import predict, report, shrink
 from delest.verbs.training import train
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "doctor",
     "estimate",
+    "explain",
     "inspect",
     "measure",
     "measure_script",

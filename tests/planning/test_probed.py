@@ -6,7 +6,8 @@ import pytest
 
 from delest import errors
 from delest.job import Job, Recipe
-from delest.planning import search
+from delest.planning import probed
+from delest.planning.request import SLACK_BYTES, Request
 
 MIB = 1 << 20
 
@@ -32,11 +33,18 @@ def probe(**changes):
     return {**base, **changes}
 
 
-def choose(budget_mib, probed=None, asked=True, **job):
+def choose(budget_mib, figures=None, asked=True, exact=False, **job):
     given = Job(data="unused", model=int, batch_size=128, **job)
-    return search.choose(
-        given, probed or probe(), budget_bytes=budget_mib * MIB, asked=asked, idle_bytes=100 * MIB, threads=2, isolated=True
+    request = Request(
+        job=given,
+        probe=figures or probe(),
+        budget_bytes=budget_mib * MIB,
+        asked=asked,
+        idle_bytes=100 * MIB,
+        threads=2,
+        exact=exact,
     )
+    return probed.choose(request, *probed.faster(request))
 
 
 def test_a_line_through_two_sizes_is_extrapolated():
@@ -62,16 +70,16 @@ def test_a_smaller_budget_splits_and_keeps_the_effective_batch():
 def test_the_fewest_parts_that_fit_are_taken():
     plan = choose(200)
     parts = -(-128 // plan.micro_batch)
-    costs = search.Costs(100 * MIB, probe())
+    costs = probed.Costs(100 * MIB, probe())
     larger = -(-128 // (parts - 1))
     assert costs.footprint(larger, 128, 0.1, "cpu", True).high_bytes > 200 * MIB
 
 
 def test_splitting_a_batch_that_is_normalised_over_changes_its_distribution_and_leaves_two_rows():
-    probed = probe(batch_statistics=True)
-    assert choose(200, probed).choices[-1].keeps == "distribution"
+    figures = probe(batch_statistics=True)
+    assert choose(200, figures).choices[-1].keeps == "distribution"
     with pytest.raises(errors.NothingFits, match="with 2 rows at a time"):
-        choose(110, probed)
+        choose(110, figures)
 
 
 def test_nothing_fits_names_a_budget_that_does():
@@ -82,11 +90,11 @@ def test_nothing_fits_names_a_budget_that_does():
     assert f"--memory {smallest}MiB" in str(raised.value)
     assert choose(smallest).predicted.high_bytes <= smallest * MIB
     with pytest.raises(errors.NothingFits):
-        choose(smallest - 1 - search.SLACK_BYTES // MIB)
+        choose(smallest - 1 - SLACK_BYTES // MIB)
 
 
 def test_gradients_of_earlier_parts_are_counted():
-    costs = search.Costs(100 * MIB, probe())
+    costs = probed.Costs(100 * MIB, probe())
     assert costs.phases(64, 128)["steady_step"] - costs.phases(64, 64)["steady_step"] == 4 * MIB
 
 
@@ -108,7 +116,15 @@ def test_a_budget_nobody_asked_for_is_not_guarded():
 
 
 def test_one_probed_size_is_extrapolated_from_the_built_model():
-    probed = probe()
-    probed["samples"] = probed["samples"][:1]
-    costs = search.Costs(100 * MIB, probed)
+    figures = probe()
+    figures["samples"] = figures["samples"][:1]
+    costs = probed.Costs(100 * MIB, figures)
     assert costs.phases(64, 64)["steady_step"] > costs.phases(32, 64)["steady_step"]
+
+
+def test_what_changes_the_results_is_left_out_where_exact_ones_are_asked_for():
+    figures = probe(variants={"precision": {"plain": 1.0, "with": 0.5}})
+    assert choose(10_000, figures).config("precision") == {"dtype": "bf16"}
+    plan = choose(10_000, figures, exact=True)
+    assert plan.config("precision") is None
+    assert "changes the results" in next(one.why for one in plan.rejected if one.method == "precision")

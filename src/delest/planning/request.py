@@ -1,0 +1,50 @@
+"""What a plan is asked for: a job as it was probed, a budget, and what must be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from delest import methods
+from delest.job import Job
+from delest.records.plan import Choice
+
+EXACT = ("bitwise", "rounding")  # what leaves the mathematics as it is
+MARGIN = 0.10  # of what training adds: a step's resident set varies by 6 % between processes (docs/log.md)
+MARGIN_BYTES = 24 << 20
+SLACK_BYTES = 8 << 20  # a process that asks again starts a few MiB higher or lower
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """`probe` is what `footprint.probe.examine` gives; bytes are of the whole process."""
+
+    job: Job
+    probe: Mapping[str, Any]
+    budget_bytes: int
+    asked: bool  # the user gave the budget, else it is what is free
+    idle_bytes: int  # of the process before it trains
+    threads: int
+    isolated: bool = True
+    exact: bool = False  # only methods that keep the results, bit for bit or to rounding
+
+    @property
+    def least_rows(self) -> int:
+        """Of a part: statistics over a batch need two."""
+        return min(self.job.batch_size, 2 if self.probe["batch_statistics"] else 1)
+
+    @property
+    def most_grown_bytes(self) -> float:
+        """That training may add to the idle process, so that the budget is kept with the margin."""
+        return (self.budget_bytes - self.idle_bytes - MARGIN_BYTES) / (1 + MARGIN)
+
+    def high_bytes(self, grown_bytes: float) -> int:
+        """The upper end of the interval where training adds `grown_bytes`."""
+        return self.idle_bytes + int(grown_bytes * (1 + MARGIN)) + MARGIN_BYTES
+
+
+def make_choice(method: str, config: dict[str, Any], probe: Mapping[str, Any], why: str, **figures: Any) -> Choice:
+    """A choice with what its method does to the mathematics."""
+    keeps = methods.named(method).keeps(config, batch_statistics=probe["batch_statistics"])
+    return Choice(method=method, config=config, keeps=keeps, why=why, **figures)
