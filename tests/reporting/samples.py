@@ -9,7 +9,7 @@ from typing import Any
 from delest.job import Job, Recipe, override
 from delest.records.footprint import Footprint, ModuleShare, Timeline
 from delest.records.hardware import Hardware
-from delest.records.plan import Choice, Plan, Rejection
+from delest.records.plan import Choice, Option, Plan, Rejection
 from delest.records.run import Best, Run, Summary
 from delest.records.shrunk import Bound, Candidate, Shrunk
 
@@ -59,6 +59,23 @@ def digits_plan() -> Plan:
         predicted=footprint(518 * MIB, spread=14 * MIB),
         plain=footprint(749 * MIB, spread=20 * MIB, seconds=0.027),
         rejected=(Rejection(method="bf16", why="1.9 times slower than fp32 on this processor"),),
+        frontier=tuple(
+            Option(
+                methods=("activation_checkpointing",) if blocks else (),
+                blocks=blocks,
+                micro_batch=rows,
+                peak_bytes=peak * MIB,
+                step_seconds=seconds,
+                fits=peak <= 640,
+                keeps="rounding",
+            )
+            for blocks, rows, peak, seconds in (
+                (4, 16, 431, 0.041),
+                (0, 16, 470, 0.036),
+                (0, 32, 518, 0.031),
+                (0, 128, 749, 0.027),
+            )
+        ),
         threads=2,
         code="for inputs, targets in batches:\n    loss(model(inputs), targets).backward()\n    optimizer.step()\n",
     )

@@ -373,7 +373,8 @@ def test_a_report_draws_both_timelines_in_the_dark_and_on_a_phone(tab, tmp_path)
     html = run_page(tmp_path, samples.resnet(), samples.resnet("measurement", scale=1.07))
     drawn = opened(tab, tmp_path, html, width=390, dark=True)
     assert [chart["id"] for chart in drawn] == [
-        f"chart-{name}" for name in ("memory", "timeline-predicted", "timeline-measured", "modules", "curve")
+        f"chart-{name}"
+        for name in ("memory", "timeline-predicted", "timeline-measured", "modules", "waterfall", "frontier", "curve")
     ]
     assert all(chart["drawn"] >= 3 and chart["right"] <= 390 for chart in drawn), drawn
     assert tab.evaluate("document.documentElement.scrollWidth") == 390

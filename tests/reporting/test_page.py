@@ -252,7 +252,7 @@ def opened(tab: browser.Page, folder: Path, html: str, **options: Any) -> list[d
 def test_charts_draw_silently_without_a_network(tab, tmp_path):
     drawn = opened(tab, tmp_path, digits(tmp_path))
     assert [chart["id"] for chart in drawn] == [
-        f"chart-{name}" for name in ("memory", "curve", "size", "drop", "latency-1", "latency-32")
+        f"chart-{name}" for name in ("memory", "waterfall", "frontier", "curve", "size", "drop", "latency-1", "latency-32")
     ]
     for chart in drawn:
         assert chart["plotly"], chart

@@ -17,7 +17,7 @@ from delest.records.form import to_plain
 from delest.records.hardware import Hardware
 from delest.records.run import Run
 from delest.records.shrunk import Candidate, Shrunk
-from delest.reporting import charts, memory, recipe, words
+from delest.reporting import charts, memory, plan_charts, recipe, words
 from delest.units import format_bytes, format_seconds
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -102,6 +102,7 @@ def fill(template: str, figures: dict[str, charts.Figure], **values: Any) -> str
 def _figures(run: Run, metrics: list[dict[str, Any]], shrunk: Shrunk | None) -> dict[str, charts.Figure]:
     """Charts by the id of the element that they are drawn in; those without data are left out."""
     found: dict[str, charts.Figure | None] = {"memory": charts.memory_chart(run), "curve": charts.curve_chart(run, metrics)}
+    found |= {"waterfall": plan_charts.waterfall_chart(run), "frontier": plan_charts.frontier_chart(run.plan)}
     found |= memory.figures(_views(run))
     if shrunk is not None:
         found["size"] = charts.size_chart(shrunk)
