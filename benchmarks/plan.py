@@ -1,0 +1,143 @@
+"""Whether a plan keeps its budget: twelve jobs at four budgets each, trained for real under an enforced limit.
+
+    python benchmarks/plan.py [--only JOB] [--minutes N]
+
+Budgets go from what the plain step is expected to need down to the smallest that is said to work. Each training makes forty steps, is
+interrupted after its first checkpoint and resumed, evaluated and saved. When a process has loaded everything and its job's data, its
+limit is set from outside, hard: RLIMIT_DATA of VmData + budget - VmRSS - 16 MiB. The high-water mark of its resident set is read at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import results_file
+
+sys.path.insert(0, str(results_file.HERE))
+JOBS = ("mlp", "cnn", "resnet18", "mobile", "dense", "modern", "vit", "encoder", "language", "lstm", "waves", "coder")
+SHARES = (1.0, 0.6, 0.3, 0.0)  # of the way from the smallest budget to the plain step's
+TOUCHED_LATER_BYTES = 16 << 20  # by libraries
+ROOM = 1.02  # of the smallest budget: another process starts a few MiB higher
+BOUND_PLANNING_SECONDS = 30.0
+LIMIT_SECONDS = 600.0
+
+
+def measure(name: str, out: Path) -> dict[str, Any]:
+    """One row: a job at its four budgets."""
+    plain, smallest = find_budgets(name)
+    row: dict[str, Any] = {"row": name, "plain_bytes": plain, "smallest_bytes": smallest, "runs": []}
+    for share in SHARES:
+        budget = int(max(smallest * ROOM, smallest + share * (plain - smallest)))
+        row["runs"].append({"share": share, "budget_bytes": budget, **train(name, budget, out / f"{name}-{share:g}")})
+        done = row["runs"][-1]
+        print(
+            f"{name:10} {budget / 2**20:7.0f} MiB  {done.get('ended', '?'):12} peak {done['peak_bytes'] / 2**20:7.0f} MiB  "
+            f"{done.get('step_seconds', 0):6.3f} s a step  planning {done.get('planning_seconds', 0):5.1f} s  "
+            f"{', '.join(done.get('plan', {}).get('methods', {}))} {done.get('decisions', '')} {done.get('words', '')[:90]}",
+            flush=True,
+        )
+    return row
+
+
+def find_budgets(name: str) -> tuple[int, int]:
+    """What the plain step needs at the most, and the smallest budget that is said to work, bytes."""
+    code = (
+        "import json, sys, delest\n"
+        "from delest import errors, job as jobs\n"
+        "from delest.backends.torch import TorchBackend\n"
+        f"loaded = jobs.load({str(results_file.HERE / 'plan_jobs.py') + ':' + name!r})\n"
+        "TorchBackend().warm()\n"
+        "plain = delest.plan(loaded).plain.high_bytes\n"
+        "try:\n"
+        "    delest.plan(loaded, memory=64 << 20)\n"
+        "except errors.NothingFits as error:\n"
+        "    print(json.dumps([plain, error.smallest_bytes]))\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=True)
+    plain, smallest = json.loads(answer.stdout.splitlines()[-1])
+    return plain, smallest
+
+
+def train(name: str, budget: int, folder: Path) -> dict[str, Any]:
+    """Train, interrupt after the first checkpoint, resume; what both processes took."""
+    first = run(name, budget, folder, "new", interrupt=True)
+    if first["ended"] != "Interrupted":
+        return first
+    second = run(name, budget, folder, "resume", interrupt=False)
+    return {**first, **second, "resumed": True, "peak_bytes": max(first["peak_bytes"], second["peak_bytes"])}
+
+
+def run(name: str, budget: int, folder: Path, how: str, *, interrupt: bool) -> dict[str, Any]:
+    command = [sys.executable, str(results_file.HERE / "plan_child.py"), name, str(budget), str(folder), how]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    while line and line.strip() != "ready":
+        line = process.stdout.readline()
+    status = dict(
+        part.split(":") for part in Path(f"/proc/{process.pid}/status").read_text().splitlines() if part.startswith("Vm")
+    )
+    sizes = {key: int(value.split()[0]) << 10 for key, value in status.items()}
+    limit = sizes["VmData"] + budget - sizes["VmRSS"] - TOUCHED_LATER_BYTES
+    resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, limit))
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    if interrupt:
+        _interrupt(process, folder)
+    answer, said = process.communicate(timeout=LIMIT_SECONDS)
+    lines = [line for line in answer.splitlines() if line.startswith("{")]
+    if not lines:
+        return {"ended": f"status {process.returncode}", "words": said.strip()[-400:], "peak_bytes": 0}
+    return json.loads(lines[-1])
+
+
+def _interrupt(process: subprocess.Popen[str], folder: Path) -> None:
+    """Once there is a checkpoint after the first steps; a training that ends before is not interrupted."""
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(int(path.name.rpartition("-")[2]) > 0 for path in folder.glob("checkpoints/step-*") if path.name[5:].isdigit()):
+            process.send_signal(signal.SIGINT)
+            return
+        time.sleep(0.02)
+
+
+def bounds_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    runs = [run for row in rows for run in row["runs"]]
+    planning = [run["planning_seconds"] for run in runs if "planning_seconds" in run]
+    return [
+        results_file.bound_at_most("trainings that did not end well", sum(run["ended"] != "done" for run in runs), 0),
+        results_file.bound_at_most(
+            "trainings over their budget", sum(run["peak_bytes"] > run["budget_bytes"] for run in runs), 0
+        ),
+        results_file.bound_at_least("trainings", len(runs), len(JOBS) * len(SHARES)),
+        results_file.bound_at_most("seconds to plan, longest", max(planning), BOUND_PLANNING_SECONDS),
+    ]
+
+
+def main() -> None:
+    options = results_file.read_options(__doc__.splitlines()[0], JOBS)
+    rows = {row["row"]: row for row in results_file.kept_rows("plan")}
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.only:
+            if name not in rows and time.monotonic() - started < 60 * options.minutes:
+                rows[name] = measure(name, Path(folder))
+                results_file.write_results("plan", [rows[one] for one in JOBS if one in rows], [])
+    complete = [rows[name] for name in JOBS if name in rows]
+    bounds = bounds_of(complete) if len(complete) == len(JOBS) else []
+    for bound in bounds:
+        print(f"{bound['name']}: {bound['value']:.4g}, bound {bound['bound']:g}: {'kept' if bound['ok'] else 'NOT KEPT'}")
+    print(f"written to {results_file.write_results('plan', complete, bounds)}")
+
+
+if __name__ == "__main__":
+    main()
