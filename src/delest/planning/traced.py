@@ -28,6 +28,7 @@ Retrace = Callable[[tuple[Choice, ...]], Trace]  # the job's step with these met
 
 ALLOCATOR = "exact"  # live tensors alone: the probe says what a process holds beyond them
 TRACED_AGAIN = 4  # of the combinations that seem to fit
+TELLING = 0.02  # share of memory that two points of a frontier differ by at the least
 # Of fp32 moments, in 8 bits with a scale for each 256 of them.
 STATE_SHARE = 0.26
 
@@ -96,10 +97,11 @@ def choose(request: Request, base: tuple[Choice, ...], retrace: Retrace, rooflin
     judge = Judge(plain, request, roofline)
     candidates = _candidates(plain, base, judge)
     kept = [one for one in candidates if _keeps(one, request) in EXACT]
-    for group in (kept, [] if request.exact else [one for one in candidates if one not in kept]):
+    candidates = kept if request.exact else candidates
+    for group in (kept, [one for one in candidates if _keeps(one, request) not in EXACT]):
         if (found := _fastest(group, judge, retrace)) is not None:
             return _plan(found, candidates, base, plain, judge)
-    raise _nothing(kept if request.exact else candidates, judge, retrace)
+    raise _nothing(candidates, judge, retrace)
 
 
 def _candidates(plain: Trace, base: tuple[Choice, ...], judge: Judge) -> list[Candidate]:
@@ -273,7 +275,7 @@ def _frontier(candidates: Sequence[Candidate], request: Request) -> tuple[Option
     """What no other combination beats in both memory and time, from the least memory to the shortest step."""
     found: list[Candidate] = []
     for one in candidates:  # fastest first
-        if not found or one.grown_bytes < found[-1].grown_bytes:
+        if not found or one.grown_bytes < (1 - TELLING) * found[-1].grown_bytes:
             found.append(one)
     return tuple(_option(one, request) for one in reversed(found))
 
@@ -294,9 +296,14 @@ def _rejections(found: Candidate, candidates: Sequence[Candidate], request: Requ
             continue
         having = [one for one in candidates if one.uses(name) or (name == "micro_batch" and one.rows < request.job.batch_size)]
         if not having:
-            yield Rejection(method=name, why=_NOT_HERE.get(name, "the model has nothing to apply it to"))
+            changes = (
+                request.exact and name in _CONFIGS and make_choice(name, _CONFIGS[name], request.probe, "").keeps not in EXACT
+            )
+            why = "it changes the results, and exact ones are asked for" if changes else _NOT_HERE[name]
+            yield Rejection(method=name, why=why)
             continue
         fitting = [one for one in having if one.grown_bytes <= request.most_grown_bytes]
+        fitting.sort(key=lambda one: _keeps(one, request) not in EXACT)
         if not fitting:
             least = min(having, key=lambda one: one.grown_bytes)
             yield Rejection(
