@@ -69,22 +69,24 @@ class NothingFits(DelestError):
 
 
 class OutOfMemory(DelestError):
-    """An allocation failed in a training step; the session is as it was before the step.
+    """An allocation failed in a training step; the session is as it was before the step unless the update had `begun`.
 
-    `phase` is `forward`, `backward`, `optimizer` or `evaluation`.
+    `phase` is `forward`, `backward`, `optimizer` or `evaluation`. With `begun` some weights are those of the next step already:
+    only a checkpoint leads back.
     """
 
     exit_status = 3
 
-    def __init__(self, phase: str, detail: str = ""):
+    def __init__(self, phase: str, detail: str = "", begun: bool = False):
         super().__init__(
             f"memory ran out in the {phase} phase{': ' + detail if detail else ''}. "
+            f"{'The update had begun: go on from a checkpoint. ' if begun else ''}"
             "Give a budget with --memory so that the step is split to fit, or a smaller batch with --batch-size."
         )
-        self.phase, self.detail = phase, detail
+        self.phase, self.detail, self.begun = phase, detail, begun
 
     def fields(self) -> dict[str, object]:
-        return {"phase": self.phase, "detail": self.detail}
+        return {"phase": self.phase, "detail": self.detail, "begun": self.begun}
 
 
 class AccuracyNotMet(DelestError):

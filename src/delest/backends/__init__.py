@@ -23,7 +23,8 @@ class Session(Protocol):
         """One optimizer step. `rate` in [0, 1] multiplies every parameter group's own base rate.
 
         All or nothing: on failure it raises (`OutOfMemory` with the phase, for memory) with weights, gradients, buffers,
-        optimizer and random state as before the call.
+        optimizer and random state as before the call. With updates in the backward pass that holds until the first of them:
+        `OutOfMemory.begun` says so.
         """
 
     def outputs(self, feed: Any) -> Iterator[Outputs]:

@@ -8,12 +8,14 @@ otherwise than expected, or the compiler is loaded already, everything is left a
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 
 _WRAPPER = torch._disable_dynamo(lambda: None).__code__
 
@@ -27,6 +29,29 @@ def spare_the_compiler() -> None:
         # torch._compile._disable_dynamo keeps what it will call under this name, on the function that it wraps.
         if function is not None and getattr(method, "__code__", None) is _WRAPPER and not hasattr(function, "__dynamo_disable"):
             function.__dynamo_disable = function
+
+
+class _Later:
+    """Stands for a module that is imported when something is asked of it that `known` does not answer."""
+
+    def __init__(self, name: str, **known: Any):
+        self.__dict__["_name"], self.__dict__["_known"] = name, known
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute in self._known and self._name not in sys.modules:
+            return self._known[attribute]
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+def spare_the_compiler_when_checkpointing() -> None:
+    """Let torch.utils.checkpoint run without importing torch._dynamo, of which it takes a setting and a decorator."""
+    if "torch._dynamo" in sys.modules:
+        return
+    function = getattr(getattr(torch.utils.checkpoint, "_run_fn_with_dynamo_disabled", None), "__wrapped__", None)
+    if function is not None and not hasattr(function, "__dynamo_disable"):
+        function.__dynamo_disable = function
+    config = _Later("torch._dynamo.config", error_on_nested_fx_trace=True)
+    vars(torch).setdefault("_dynamo", _Later("torch._dynamo", config=config, disable=lambda function: function))
 
 
 def bare_step(optimizer: torch.optim.Optimizer) -> Callable[[], Any]:

@@ -74,6 +74,8 @@ class JobLoop:
             updates[0]()
 
         session._updates = [first, *updates[1:]]
+        if session.updates is not None:
+            session.updates.around = recorder.updating
         parts, session.parts = session.parts, 1  # a trace is of one micro-batch
         try:
             session.step(batch, 1.0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from delest import errors
+from delest.backends.torch.adamw8bit import AdamW8bit
 from delest.backends.torch.lean import spare_the_compiler
 from delest.backends.torch.muon import Muon
 from delest.job import Recipe
@@ -30,9 +31,10 @@ _STATE: dict[type, tuple[str, ...]] = {
 }
 
 
-def build(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def build(model: nn.Module, recipe: Recipe, *, allocated: bool = True) -> list[torch.optim.Optimizer]:
     """The optimizers of a recipe: one, or two for Muon (matrices by Muon, the rest by AdamW).
 
+    Their state is there, unless `allocated` is false and `allocate` is called later.
     Raises `BadInput` for a name that torch.optim does not have and settings that the optimizer does not take.
     """
     spare_the_compiler()
@@ -44,8 +46,8 @@ def build(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
         kind = _class(recipe.optimizer)
         groups = [group for group in groups_of(model, decay) if group["params"]]
         optimizers = [_construct(kind, groups, recipe)] if groups else []
-    for optimizer in optimizers:
-        _allocate(optimizer)
+    for optimizer in optimizers if allocated else ():
+        allocate(optimizer)
     return optimizers
 
 
@@ -124,8 +126,11 @@ def _construct(kind: type[torch.optim.Optimizer], groups: list[dict[str, Any]], 
             raise errors.BadInput(f"{kind.__name__} cannot be built with {settings}: {error}.") from None
 
 
-def _allocate(optimizer: torch.optim.Optimizer) -> None:
+def allocate(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter its zero state now: a first step that runs out of memory would leave half of it behind."""
+    if isinstance(optimizer, AdamW8bit):
+        optimizer.allocate()
+        return
     names = _STATE.get(type(optimizer))
     if names is None:
         return

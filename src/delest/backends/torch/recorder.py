@@ -7,6 +7,7 @@ sequence number that autograd gave to each operator of the forward pass.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -159,6 +160,20 @@ class Recorder(TorchDispatchMode):
         self.phase = "update"
         if self._model is not None:
             self.register_gradients(self._model)
+
+    @contextlib.contextmanager
+    def updating(self, parameter: Tensor) -> Iterator[bool]:
+        """An update inside the backward pass, right after the parameter's gradient; gives whether updates are wanted."""
+        if self._updates:
+            owners = ((name, one) for name, one in self._model.named_parameters()) if self._model is not None else ()
+            name = next((name for name, one in owners if one is parameter), "")
+            self.register([parameter.grad] if parameter.grad is not None else [], "gradients", name.rpartition(".")[0])
+        before = self.phase
+        self.phase = "update" if self._updates else before
+        try:
+            yield self._updates
+        finally:
+            self.phase = before
 
     def _numbers_of(self, tensor: Tensor, module: str) -> Iterator[int]:
         for part in _dense(tensor):

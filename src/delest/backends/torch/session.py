@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from delest import errors
+from delest import errors, methods as techniques
 from delest.backends.torch import losses, methods, model as models, optimizers, randomness
 from delest.backends.torch.lean import bare_step
+from delest.backends.torch.methods.optimizer_in_backward import Updates
 from delest.job import Job
 from delest.records.batch import Batch, Lazy, Outputs, State, Step
 from delest.records.plan import Plan
@@ -41,11 +42,27 @@ class TorchSession:
         normalised = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
         self._least_rows = 2 if normalised else 1
         self.guarded = plan.memory_bytes is not None
-        methods.apply_all(plan, self)
-        self.optimizers = optimizers.build(self.model, job.recipe)
-        self._updates = [bare_step(optimizer) for optimizer in self.optimizers]
+        self.updates: Updates | None = None
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self._apply(plan)
+        self._updates = [self.updates.finish] if self.updates else [bare_step(optimizer) for optimizer in self.optimizers]
         self._base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         randomness.seed_all(job.seed)
+
+    def _apply(self, plan: Plan) -> None:
+        """Build the optimizers and apply the plan's methods around that; raises `BadInput` where they exclude each other."""
+        faults = techniques.conflicts(techniques.configs(plan), techniques.of_recipe(self.job.recipe))
+        if faults:
+            raise errors.BadInput(faults)
+        methods.apply_stages(plan, self, methods.BEFORE_OPTIMIZER)
+        self.optimizers = optimizers.build(self.model, self.job.recipe, allocated=False)
+        methods.apply_stages(plan, self, methods.AFTER_OPTIMIZER)
+        for optimizer in self.optimizers:
+            optimizers.allocate(optimizer)
+
+    def split(self, rows: int) -> None:
+        """At most `rows` rows of a batch are in memory at once from now on."""
+        self.parts, self.evaluation_rows = math.ceil(self.job.batch_size / rows), rows
 
     # One step
 
@@ -53,7 +70,8 @@ class TorchSession:
         """One optimizer step on a batch, its gradient summed over `parts` micro-batches weighted by their rows.
 
         Raises `OutOfMemory`; weights, buffers, optimizer and random state are then as before (but for an optimizer
-        outside torch's fused ones, whose own temporaries failed: go back to a checkpoint then).
+        outside torch's fused ones, whose own temporaries failed, and where the error says that updates in the backward pass
+        had begun: go back to a checkpoint then).
         """
         for optimizer, rates in zip(self.optimizers, self._base_rates, strict=True):
             for group, base in zip(optimizer.param_groups, rates, strict=True):
@@ -62,10 +80,13 @@ class TorchSession:
         phase = "forward"
         try:
             total: Tensor | None = None
-            for part in _split(self.tensors(batch), self._parts_of(batch.count)):
+            parts = self._parts_of(batch.count)
+            for number, part in enumerate(_split(self.tensors(batch), parts)):
                 phase = "forward"
                 loss = self.batch_loss(part) * (part.count / batch.count)
                 phase = "backward"
+                if self.updates is not None and number == parts - 1:  # earlier parts' gradients only add up
+                    self.updates.begin()
                 loss.backward()
                 total = loss.detach() if total is None else total + loss.detach()
             phase = "optimizer"
@@ -76,8 +97,11 @@ class TorchSession:
             if not _is_out_of_memory(error):
                 raise
             self._restore(before)
-            raise errors.OutOfMemory(phase, str(error).splitlines()[0]) from error
+            begun = self.updates is not None and self.updates.begun
+            raise errors.OutOfMemory(phase, str(error).splitlines()[0], begun) from error
         finally:
+            if self.updates is not None:
+                self.updates.end()
             for parameter in self.model.parameters():
                 parameter.grad = None
         assert total is not None

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from delest.backends.torch.session import TorchSession
+    from delest.backends.torch.methods import Training
 
 
-def apply(session: TorchSession, config: dict[str, Any]) -> None:
-    session.memory_format = getattr(torch, config["format"])
-    session.model.to(memory_format=session.memory_format)  # type: ignore[call-overload]
+def apply(training: Training, config: dict[str, Any]) -> None:
+    training.memory_format = getattr(torch, config["format"])
+    training.model.to(memory_format=training.memory_format)  # type: ignore[call-overload]

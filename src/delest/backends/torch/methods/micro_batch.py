@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from delest.backends.torch.session import TorchSession
+    from delest.backends.torch.methods import Training
 
 
-def apply(session: TorchSession, config: dict[str, Any]) -> None:
-    session.parts = math.ceil(session.job.batch_size / config["rows"])
-    session.evaluation_rows = config["rows"]
+def apply(training: Training, config: dict[str, Any]) -> None:
+    training.split(config["rows"])

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from delest.backends.torch.session import TorchSession
+    from delest.backends.torch.methods import Training
 
 
-def apply(session: TorchSession, config: dict[str, Any]) -> None:
-    session.autocast = {"bf16": torch.bfloat16}[config["dtype"]]
+def apply(training: Training, config: dict[str, Any]) -> None:
+    training.autocast = {"bf16": torch.bfloat16}[config["dtype"]]
