@@ -3,8 +3,8 @@
     python benchmarks/plan.py [--only JOB] [--minutes N]
 
 Budgets go from what the plain step is expected to need down to the smallest that is said to work. Each training makes forty steps, is
-interrupted after its first checkpoint and resumed, evaluated and saved. When a process has loaded everything and its job's data, its
-limit is set from outside, hard: RLIMIT_DATA of VmData + budget - VmRSS - 16 MiB. The high-water mark of its resident set is read at the end.
+interrupted after its first checkpoint and resumed, evaluated and saved. When a process has loaded everything and its job's data, and has
+its plan, its limit is set from outside, hard: RLIMIT_DATA of VmData + budget - VmRSS - 16 MiB. The high-water mark of its resident set is read at the end.
 """
 
 from __future__ import annotations
@@ -82,6 +82,9 @@ def run(name: str, budget: int, folder: Path, how: str, *, interrupt: bool) -> d
     assert process.stdout is not None
     line = process.stdout.readline()
     while line and line.strip() != "ready":
+        if line.startswith("{"):  # no plan
+            process.communicate()
+            return json.loads(line)
         line = process.stdout.readline()
     status = dict(
         part.split(":") for part in Path(f"/proc/{process.pid}/status").read_text().splitlines() if part.startswith("Vm")

@@ -2,7 +2,7 @@
 
     python plan_child.py JOB BUDGET FOLDER new|resume
 
-Tells its parent `ready` once everything is loaded, and waits for a line before it trains.
+Tells its parent `ready` once everything is loaded and planned, and waits for a line before it trains.
 """
 
 from __future__ import annotations
@@ -29,15 +29,17 @@ def main() -> None:
     name, budget, folder, how = sys.argv[1:]
     loaded = jobs.load(f"{Path(__file__).with_name('plan_jobs.py')}:{name}")
     TorchBackend().warm()
-    print("ready", flush=True)
-    sys.stdin.readline()
-    machine.reset_peak()
-    result: dict[str, Any] = {"idle_bytes": machine.resident_bytes()}
+    result: dict[str, Any] = {}
     try:
-        if how == "new":
+        if how == "new":  # planned in child processes, which would inherit the limit
             started = time.perf_counter()
             plan = delest.plan(loaded, memory=int(budget))
             result["planning_seconds"] = time.perf_counter() - started
+        print("ready", flush=True)
+        sys.stdin.readline()
+        machine.reset_peak()
+        result["idle_bytes"] = machine.resident_bytes()
+        if how == "new":
             result["plan"] = {
                 "methods": {choice.method: choice.config for choice in plan.choices},
                 "micro_batch": plan.micro_batch,

@@ -15,7 +15,7 @@ HELD_BACK = 0.25  # of the rows: validation, selection and test
 def images(side: int, batch: int, classes: int = 10, channels: int = 3) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(0)
     rows = int(STEPS * batch / (1 - HELD_BACK)) + batch
-    return random.normal(size=(rows, channels, side, side)).astype(np.float32), random.integers(0, classes, rows)
+    return random.standard_normal((rows, channels, side, side), np.float32), random.integers(0, classes, rows)
 
 
 def tokens(length: int, batch: int, vocabulary: int = 2000, classes: int = 10) -> tuple[np.ndarray, np.ndarray]:

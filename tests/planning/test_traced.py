@@ -1,0 +1,224 @@
+"""Combinations of methods compared on traces of a small transformer: what is chosen at which budget, and what is said of the rest."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from delest import errors, methods
+from delest.backends.torch.loops import JobLoop
+from delest.backends.torch.trace import trace_loop
+from delest.job import Job, Recipe
+from delest.planning import search, traced
+from delest.planning.request import EXACT, SLACK_BYTES, Request
+from delest.records.batch import Batch
+from delest.records.hardware import Roofline
+from delest.records.plan import Plan
+from delest.records.source import Column, Schema, Target
+
+MIB = 1 << 20
+BATCH, WIDTH, LAYERS = 64, 128, 4
+SCHEMA = Schema(
+    inputs=(Column(name="x", kind="array", shape=(32, WIDTH)),), target=Target(name="y", kind="class", classes=("a", "b"))
+)
+ROOFLINE = Roofline(
+    device="here",
+    basis="measured",
+    source="by hand",
+    threads=1,
+    flops={"matmul.fp32": 5e10},
+    reused_bytes=1e10,
+    fresh_bytes=4e9,
+    cached_bytes=4e10,
+    overhead_seconds=5e-6,
+)
+
+
+class Layer(nn.Module):
+    def __init__(self, normalised: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.norm = nn.BatchNorm1d(32) if normalised else nn.LayerNorm(WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.second(torch.relu(self.first(self.norm(x))))
+
+
+class Network(nn.Module):
+    def __init__(self, normalised: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(normalised) for _ in range(LAYERS)])
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(1))
+
+
+class Flat(nn.Module):
+    """Nothing repeats: there are no blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, 1024), nn.Linear(1024, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x)).mean(1))
+
+
+def tracer(job: Job):
+    """What traces the job's step with choices applied; keeps what it traced."""
+    example = Batch(np.zeros((2, 32, WIDTH), np.float32), np.zeros(2, np.int64), np.arange(2), 0, 2)
+
+    def trace(choices):
+        plan = Plan(batch_size=BATCH, micro_batch=BATCH, choices=choices, threads=1)
+        return trace_loop(
+            lambda mode: JobLoop(job, plan, SCHEMA, example),
+            BATCH,
+            scratch=lambda signatures: {text: {"scratch": 0, "outputs": []} for text in signatures if text},
+        )
+
+    traces: dict[str, object] = {}
+
+    def retrace(choices):
+        key = repr([(choice.method, choice.config) for choice in choices])
+        if key not in traces:
+            traces[key] = trace(choices)
+        return traces[key]
+
+    retrace.traces = traces
+    return retrace
+
+
+def request(budget_mib: float, *, model=Network, normalised=False, exact=False, retrace=None, **recipe) -> Request:
+    job = Job(model=model, data="unused", batch_size=BATCH, recipe=Recipe(precision="fp32", **recipe))
+    sample = {"rows": 32, "first": 30 * MIB, "steady": 32 * MIB, "evaluation": 20 * MIB, "seconds": 0.5}
+    probe = {
+        "samples": [{**sample, "rows": 16, "steady": 20 * MIB, "seconds": 0.25}, sample],
+        "variants": {},
+        "batch_statistics": normalised,
+        "base_bytes": 4 * MIB,
+        "weights_bytes": 4 * MIB,
+        "state_bytes": 12 * MIB,
+        "device": "cpu",
+    }
+    return Request(
+        job=job, probe=probe, budget_bytes=int(budget_mib * MIB), asked=True, idle_bytes=100 * MIB, threads=1, exact=exact
+    )
+
+
+def choose(wanted: Request) -> tuple[Plan, object]:
+    retrace = tracer(wanted.job)
+    return traced.choose(wanted, (), retrace, ROOFLINE), retrace
+
+
+@pytest.fixture(scope="module")
+def smallest() -> dict[bool, int]:
+    """The least budget in bytes that anything fits, by whether results must be kept; without the slack that is named with it."""
+    found = {}
+    for exact in (True, False):
+        with pytest.raises(errors.NothingFits) as raised:
+            choose(request(110, exact=exact))
+        found[exact] = raised.value.smallest_bytes - SLACK_BYTES
+    return found
+
+
+def test_what_is_planned_fits_and_is_within_what_was_compared(smallest):
+    low = smallest[True] / MIB
+    for share in (0.1, 0.4, 0.7):
+        plan, _ = choose(request(low + share * 60))
+        assert plan.predicted.high_bytes <= plan.memory_bytes
+        assert plan.considered[0].peak_bytes == plan.predicted.peak_bytes
+        assert all(choice.keeps in EXACT for choice in plan.choices)
+        assert {choice.method for choice in plan.choices} | {one.method for one in plan.rejected} >= {
+            "activation_checkpointing",
+            "optimizer_in_backward",
+            "optimizer_state",
+            "micro_batch",
+        }
+
+
+def test_less_memory_takes_more_time_along_the_frontier(smallest):
+    plan, _ = choose(request(smallest[True] / MIB + 20))
+    peaks = [option.peak_bytes for option in plan.frontier]
+    seconds = [option.step_seconds for option in plan.frontier]
+    assert peaks == sorted(peaks)
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_savings_and_costs_add_up_from_the_plain_step_to_the_plan(smallest):
+    plan, _ = choose(request(smallest[True] / MIB + 0.1))
+    assert len(plan.choices) >= 2
+    saved = sum(choice.saved_bytes or 0 for choice in plan.choices)
+    cost = sum(choice.cost_seconds or 0.0 for choice in plan.choices)
+    assert saved == pytest.approx(plan.plain.peak_bytes - plan.predicted.peak_bytes, abs=8)
+    assert cost == pytest.approx(plan.predicted.step_seconds - plan.plain.step_seconds)
+
+
+def test_results_are_changed_only_where_nothing_else_fits(smallest):
+    assert smallest[False] < smallest[True]
+    between = (smallest[False] + smallest[True]) / 2 / MIB
+    plan, _ = choose(request(between))
+    assert plan.config("optimizer_state") == {"bits": 8}
+    with pytest.raises(errors.NothingFits) as raised:
+        choose(request(between, exact=True))
+    assert raised.value.smallest_bytes == smallest[True] + SLACK_BYTES
+
+
+def test_the_smallest_budget_that_is_named_works(smallest):
+    for exact, size in smallest.items():
+        plan, _ = choose(request(math.ceil(size / MIB), exact=exact))
+        assert plan.predicted.high_bytes <= size + MIB
+        with pytest.raises(errors.NothingFits):
+            choose(request(size / MIB - 1, exact=exact))
+
+
+def test_a_plan_that_was_traced_again_is_what_it_says(smallest):
+    wanted = request(smallest[True] / MIB + 0.1)
+    plan, retrace = choose(wanted)
+    names = plan.config("activation_checkpointing")["modules"]
+    assert set(names) <= {f"layers.{k}" for k in range(LAYERS)}
+    judge = traced.Judge(retrace(()), wanted, ROOFLINE)
+    again = retrace(tuple(choice for choice in plan.choices if choice.method != "micro_batch"))
+    assert plan.predicted.peak_bytes == wanted.idle_bytes + int(judge.bytes(again, plan.micro_batch))
+
+
+def test_batches_that_are_normalised_are_not_split_where_exact_ones_are_asked_for():
+    model = functools.partial(Network, normalised=True)
+    with pytest.raises(errors.NothingFits, match=f"{BATCH} rows at a time"):
+        choose(request(125, model=model, normalised=True, exact=True))
+    plan, _ = choose(request(170, model=model, normalised=True, exact=True))
+    assert plan.micro_batch == BATCH
+
+
+def test_a_clipped_gradient_is_never_used_in_the_backward_pass():
+    plan, _ = choose(request(150, clip=1.0))
+    why = next(one.why for one in plan.rejected if one.method == "optimizer_in_backward")
+    assert "clipping" in why
+    assert not any("optimizer_in_backward" in option.methods for option in plan.frontier)
+
+
+def test_a_model_without_blocks_says_so():
+    plan, _ = choose(request(150, model=Flat))
+    assert "no blocks" in next(one.why for one in plan.rejected if one.method == "activation_checkpointing")
+
+
+def test_only_a_plain_step_that_does_not_fit_is_traced():
+    assert search.choose(request(10_000)).choices == ()
+    assert search.choose(request(130)) is None
+    wanted = request(150)
+    retrace = tracer(wanted.job)
+    assert search.choose(wanted, lambda: (retrace, ROOFLINE)).choices
+    assert retrace.traces
+
+
+def test_choices_are_in_the_order_in_which_they_are_applied(smallest):
+    plan, _ = choose(request(smallest[False] / MIB + 1))
+    order = [methods.NAMES.index(choice.method) for choice in plan.choices]
+    assert order == sorted(order)
