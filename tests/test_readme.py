@@ -94,6 +94,18 @@ def test_the_library_example_runs(tmp_path):
     assert "accuracy" in done.stdout
 
 
+def test_the_loop_of_ones_own_runs_under_a_runs_plan(runs, tmp_path):
+    import shutil
+
+    code = next(block for block in blocks("python") if "delest.apply" in block)
+    assert len([line for line in code.splitlines() if line]) == 9
+    shutil.copy(runs / "runs" / "digits-001" / "plan.json", tmp_path / "plan.json")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "threads: " in done.stdout
+    assert 0.0 < float(done.stdout.split("loss ")[1]) < 3.0
+
+
 def test_every_command_of_the_readme_exists():
     for name in set(re.findall(r"^    delest (\w+)", README, re.MULTILINE)):
         done = subprocess.run([sys.executable, "-m", "delest", name, "--help"], capture_output=True, text=True)

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     **dict.fromkeys(
-        ("run", "inspect", "estimate", "measure", "plan", "train", "shrink", "report", "predict", "doctor", "sweep"),
+        ("run", "inspect", "estimate", "measure", "plan", "apply", "train", "shrink", "report", "predict", "doctor", "sweep"),
         "delest.verbs",
     ),
     **dict.fromkeys(("Job", "Recipe", "Split"), "delest.job"),
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from delest.errors import BadInput as BadInput, NothingFits as NothingFits
     from delest.job import Job as Job, Recipe as Recipe, Split as Split
     from delest.verbs import (
+        apply as apply,
         doctor as doctor,
         estimate as estimate,
         inspect as inspect,

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 class Session(Protocol):
     """Model, loss, optimizer, precision and splitting: all that the training loop sees of a framework."""
 
-    parts: int  # micro-batches a step is made of; set between steps only
+    parts: int  # micro-batches a step is made of, and an evaluation's batch too; set between steps only
+
+    @property
+    def most_parts(self) -> int:
+        """The largest useful `parts`: more would leave a micro-batch fewer rows than the model can take."""
 
     def step(self, batch: Batch, rate: float) -> Step:
         """One optimizer step. `rate` in [0, 1] multiplies every parameter group's own base rate.

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
@@ -60,6 +61,20 @@ def peak_resident_bytes() -> int:
     # Sandboxes that imitate Linux may leave VmHWM out; the kernel's own peak cannot be reset but is never too low.
     peak = _sizes(ROOT / "proc/self/status").get("VmHWM")
     return peak if peak is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def data_and_resident_bytes() -> tuple[int, int] | None:
+    """Address space of private data that this process has (what RLIMIT_DATA counts) and what of all its memory is in RAM, at
+    one moment; None where the system does not tell the first."""
+    sizes = _sizes(ROOT / "proc/self/status")
+    return (sizes["VmData"], sizes["VmRSS"]) if "VmData" in sizes else None
+
+
+def give_back_unused() -> None:
+    """Have glibc give back free memory inside its heap; other C libraries keep theirs."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def reset_peak() -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 from delest import storage
 
+NOTICES = ("growth",)
+
 
 class Decisions:
     """The lines of `decisions.jsonl`.
@@ -45,12 +47,20 @@ class Decisions:
         self._lines += 1
         self.count = self._lines
 
+    def notice(self, kind: str, step: int, **facts: Any) -> None:
+        """Write down what was noticed and decides nothing: a resumed run does not follow it."""
+        if self.path is not None:
+            storage.append_line(self.path, {"kind": kind, "at": step, **facts}, sync=True)
+        self._lines += 1
+
 
 def _standing(lines: list[dict[str, Any]], first: int) -> list[tuple[int, dict[str, Any]]]:
-    """Numbered lines without those that a later setback undid by going back before them."""
+    """Numbered lines without notices, and without those that a later line undid by going back before them."""
     standing: list[tuple[int, dict[str, Any]]] = []
     for number, line in enumerate(lines, first):
-        if line["kind"] == "setback":
+        if line["kind"] in NOTICES:
+            continue
+        if "failed_at" in line:  # what failed there took the run back to `at`
             standing = [(n, other) for n, other in standing if other["at"] <= line["at"]]
         standing.append((number, line))
     return standing

@@ -20,6 +20,7 @@ from delest.hardware.machine import peak_resident_bytes, resident_bytes
 from delest.training import checkpoints
 from delest.training.decisions import Decisions
 from delest.training.evaluate import Evaluation, evaluate
+from delest.training.guard import Guard
 from delest.training.position import Position
 from delest.training.progress import Progress
 from delest.training.schedules import Schedule
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from delest.backends import Session
     from delest.job import Recipe
     from delest.metrics import Metric
+    from delest.records.batch import Batch, Step
 
 READ_EVERY = 10  # steps between two readings of the loss: a GPU never waits for it
 LEAST_PROGRESS = 1e-4
@@ -37,10 +39,11 @@ SETBACKS = 3  # the third state that is not finite ends the run
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """When to save, and when time is up."""
+    """When to save, when time is up, and how much may be resident."""
 
     checkpoint_seconds: float = 60.0
     seconds: float | None = None  # of training, evaluation included
+    memory_bytes: int | None = None  # of this process, None: nothing is guarded
 
 
 @dataclass(kw_only=True)
@@ -62,6 +65,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.decisions = Decisions(self.folder / "decisions.jsonl" if self.saving else None)
         self.signals = Signals()
+        self.guard = Guard(self.session, self.train_feed.batch_size, lambda text: self.progress.note(text))
         self._pending: list[Any] = []
         self._seen = 0.0
         if not self.position.total_steps:
@@ -70,14 +74,21 @@ class Trainer:
 
     # The run
 
-    def resume(self) -> bool:
-        """Take up the newest intact checkpoint; False where there is none."""
-        if not self._take_up_newest():
+    def resume(self, crash: str | None = None) -> bool:
+        """Take up the newest intact checkpoint; False where there is none. `crash` says how the process before this one was
+        ended, where memory may be why: the run then goes on in more parts. Raises `NothingFits` where there can be no more."""
+        found = self._take_up_newest()
+        if not found:
             self.progress.note("there is no intact checkpoint: training begins anew.")
             storage.write_atomic(self.folder / "metrics.jsonl", "")
-            return False
-        self.decisions = Decisions(self.folder / "decisions.jsonl", self.position.decisions)
-        return True
+        path = self.folder / "decisions.jsonl"
+        if crash is not None:
+            lines = storage.read_lines(path)[self.position.decisions :]
+            facts = self.guard.parts_after_crash(max((line.get("parts", 0) for line in lines), default=0), crash)
+            self.progress.note(f"step {self.position.step:,}: {facts['why']}.")
+            storage.append_line(path, {"kind": "split", "at": self.position.step, **facts, "failed_at": None}, sync=True)
+        self.decisions = Decisions(path, self.position.decisions)
+        return found
 
     def _take_up_newest(self) -> bool:
         found = checkpoints.newest(self.folder / "checkpoints", self.progress.note)
@@ -86,6 +97,7 @@ class Trainer:
         state, position, path = found
         self.session.load(state)
         self.position = Position(**position)
+        self.session.parts = max(self.session.parts, self.position.parts)
         if (path / "best.safetensors").exists():
             storage.write_atomic(self.folder / "best.safetensors", (path / "best.safetensors").read_bytes())
         rows = [row for row in storage.read_lines(self.folder / "metrics.jsonl") if row["step"] <= self.position.step]
@@ -95,11 +107,12 @@ class Trainer:
     def train(self) -> None:
         """Train to the end of the schedule and leave the best weights in the session.
 
-        Raises `Interrupted` (all is saved), `Diverged` (the third time that values are not finite) and what a step raises.
+        Raises `Interrupted` (all is saved), `Diverged` (the third time that values are not finite), `NothingFits` (a budget of
+        memory does not do) and what a step raises.
         """
         self.progress.training_started(self.position.total_steps, self.position.step)
         try:
-            with self.signals.watched():
+            with self.signals.watched(), self.guard.watching(self.limits.memory_bytes):
                 self._train()
         finally:
             self.progress.training_finished()
@@ -122,10 +135,13 @@ class Trainer:
         """Step through what is left of the epoch, or until a setback takes the run back."""
         p = self.position
         for batch in self.train_feed.epoch(p.epoch, p.row):
-            self._follow_setbacks()
+            self._follow()
             started = time.monotonic()
             rate = self._schedule().rate(p.step) * p.rate_scale
-            self._pending.append(step := self.session.step(batch, rate))
+            step = self._step(batch, rate)
+            if step is None:
+                return
+            self._pending.append(step)
             p.step, p.row = p.step + 1, p.row + step.count
             last = p.step >= p.total_steps or p.row >= len(self.train_feed)
             saving = time.monotonic() - self._saved >= self.limits.checkpoint_seconds and not last
@@ -143,6 +159,21 @@ class Trainer:
                 break
         if p.row >= len(self.train_feed):
             p.epoch, p.row = p.epoch + 1, 0
+
+    def _step(self, batch: Batch, rate: float) -> Step | None:
+        """One step, or None where memory ran out in the middle of its update: back to a checkpoint, with more parts."""
+        try:
+            return self.guard.attempt(lambda: self.session.step(batch, rate), self.decisions, self.position)
+        except errors.OutOfMemory as error:
+            if self.limits.memory_bytes is None or not self.saving:
+                raise
+            failed, spent = self.position.step, self.position.training_seconds
+            found = self._take_up_newest()
+            assert found, "a checkpoint is written before the first step"
+            self._pending, self.position.training_seconds = [], spent
+            self.guard.take_back(self.decisions, self.position, error, failed)
+        self._save()
+        return None
 
     def _schedule(self) -> Schedule:
         p = self.position
@@ -188,7 +219,12 @@ class Trainer:
             self._set_back(fault)
             return
         started = time.monotonic()
-        result = evaluate(self.session, self.validation_feed, self.metric, stop=self._stop_evaluation)
+        result = self.guard.attempt(
+            lambda: evaluate(self.session, self.validation_feed, self.metric, stop=self._stop_evaluation),
+            self.decisions,
+            p,
+            evaluating=True,
+        )
         p.evaluating_seconds += time.monotonic() - started
         p.evaluated_step = p.step
         better, waiting = self._is_better(result), not self._is_progress(result)
@@ -255,6 +291,7 @@ class Trainer:
         p = self.position
         if not self.saving:
             return True
+        p.parts = self.session.parts
         state = self.session.state()
         weights = {name.removeprefix("model."): array for name, array in state.arrays.items() if name.startswith("model.")}
         if fault := _not_finite(weights):
@@ -305,7 +342,7 @@ class Trainer:
         found = self._take_up_newest()
         assert found, "a checkpoint is written before the first step"
         self._pending, p = [], self.position
-        self.decisions.take("setback", p.step, failed_at=failed, why=why, rate_scale=scale)
+        self.decisions.take("setback", p.step, failed_at=failed, why=why, rate_scale=scale, parts=self.session.parts)
         self._slow_down(setbacks, scale, spent)
         self.progress.note(f"{why} at step {failed}: back to step {p.step} with half the learning rate.")
         return False
@@ -315,11 +352,17 @@ class Trainer:
         p.setbacks, p.rate_scale, p.training_seconds, p.decisions = setbacks, scale, spent, self.decisions.count
         self._save()
 
-    def _follow_setbacks(self) -> None:
-        """A setback of the interrupted run to this very step is taken at once, without failing again first."""
-        while (line := self.decisions.scripted("setback", self.position.step)) is not None:
-            self.decisions.take("setback", self.position.step)
-            self._slow_down(self.position.setbacks + 1, line["rate_scale"], self.position.training_seconds)
+    def _follow(self) -> None:
+        """Splits before this very step and setbacks to it are taken again at once, in their order, without failing first."""
+        while True:
+            split = self.guard.follow(self.decisions, self.position)
+            line = self.decisions.scripted("setback", self.position.step)
+            if line is not None:
+                self.decisions.take("setback", self.position.step)
+                self.session.parts = max(self.session.parts, line.get("parts", 0))
+                self._slow_down(self.position.setbacks + 1, line["rate_scale"], self.position.training_seconds)
+            elif not split:
+                return
 
     def _stop_evaluation(self) -> None:
         """An evaluation that a signal interrupts is done again on resume: the state before it is saved."""

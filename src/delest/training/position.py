@@ -18,6 +18,7 @@ class Position:
     stopped_by: str | None = None  # what began the decay early
     rate_scale: float = 1.0  # halved by every setback
     setbacks: int = 0
+    parts: int = 0  # micro-batches a step is made of; 0: as planned
     best_score: float | None = None
     best_loss: float | None = None
     best_step: int = 0

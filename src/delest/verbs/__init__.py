@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from delest.verbs.everything import run
 from delest.verbs.look import doctor, explain, inspect, plan
 from delest.verbs.memory import estimate, measure, measure_script, read_budget, sweep
+from delest.verbs.own_loop import apply
 from delest.verbs.ship import predict, report, shrink
 from delest.verbs.training import train
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from delest.training.progress import Progress
 
 __all__ = [
+    "apply",
     "doctor",
     "estimate",
     "explain",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delest import errors, units
-from delest.verbs.workplace import Workplace, backend, build_trainer
+from delest.verbs.workplace import Workplace, backend, build_trainer, guarded_bytes
 
 if TYPE_CHECKING:
     from delest.records.plan import Plan
@@ -29,6 +29,7 @@ def train_preview(place: Workplace, plan: Plan, share: float, say: Progress) -> 
     say.stage(f"preview: {len(rows):,} of {full:,} training rows, {epochs} epochs")
     session = backend(job).session(job, plan, place.source.schema)
     trainer = build_trainer(small, session, Path(), say, rows=rows, saving=False)
+    trainer.limits = replace(trainer.limits, memory_bytes=guarded_bytes(plan))
     machine.reset_peak()
     trainer.train()
     p = trainer.position

@@ -16,7 +16,15 @@ from delest.records.plan import Plan
 from delest.records.run import Best, Run
 from delest.verbs.look import plan_workplace
 from delest.verbs.preview import train_preview
-from delest.verbs.workplace import Workplace, backend, build_trainer, check_batch, open_workplace, preprocessing_json
+from delest.verbs.workplace import (
+    Workplace,
+    backend,
+    build_trainer,
+    check_batch,
+    guarded_bytes,
+    open_workplace,
+    preprocessing_json,
+)
 
 if TYPE_CHECKING:
     from delest.training.loop import Trainer
@@ -119,7 +127,7 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
     if not settings.resume:
         folder = _start_folder(folder, place, plan, session, settings)
     trainer = build_trainer(place, session, folder, say)
-    trainer.limits = limits
+    trainer.limits = replace(limits, memory_bytes=guarded_bytes(plan))
     run = _began(folder, place, plan, session, preview)
     if settings.resume and trainer.resume():
         say.stage(f"train: going on from step {trainer.position.step:,} of {trainer.position.total_steps:,} in {folder}")

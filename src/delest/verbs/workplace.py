@@ -15,6 +15,7 @@ from delest.records.form import read_json, to_json
 
 if TYPE_CHECKING:
     from delest.records.batch import Inputs
+    from delest.records.plan import Plan
     from delest.records.run import Summary
     from delest.training.loop import Trainer
     from delest.training.progress import Progress
@@ -163,6 +164,11 @@ def build_trainer(
         progress=say,
         saving=saving,
     )
+
+
+def guarded_bytes(plan: Plan) -> int | None:
+    """The budget that the guard holds: one that was asked for, of this process's own memory."""
+    return plan.memory_bytes if plan.device == "cpu" else None
 
 
 def preprocessing_json(place: Workplace) -> dict[str, Any]:

@@ -76,9 +76,10 @@ class TorchSession:
         for optimizer, rates in zip(self.optimizers, self._base_rates, strict=True):
             for group, base in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = base * rate
-        before = self._remember()
+        before = None
         phase = "forward"
         try:
+            before = self._remember()
             total: Tensor | None = None
             parts = self._parts_of(batch.count)
             for number, part in enumerate(_split(self.tensors(batch), parts)):
@@ -89,16 +90,16 @@ class TorchSession:
                     self.updates.begin()
                 loss.backward()
                 total = loss.detach() if total is None else total + loss.detach()
-            phase = "optimizer"
             norm = self._clip()
+            phase = "optimizer"
             for update in self._updates:
                 update()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             self._restore(before)
             begun = self.updates is not None and self.updates.begun
-            raise errors.OutOfMemory(phase, str(error).splitlines()[0], begun) from error
+            raise errors.OutOfMemory(phase, _first_line(error), begun) from error
         finally:
             if self.updates is not None:
                 self.updates.end()
@@ -112,6 +113,11 @@ class TorchSession:
         normalises over the batch."""
         rows = math.ceil(self.job.batch_size / self.parts)
         return min(math.ceil(count / rows), max(1, count // self._least_rows))
+
+    @property
+    def most_parts(self) -> int:
+        """As many parts as a batch can be split into, each with as many rows as the model needs."""
+        return max(1, self.job.batch_size // self._least_rows)
 
     def batch_loss(self, batch: Batch) -> Tensor:
         """The mean loss of a batch of tensors, with its gradient."""
@@ -147,10 +153,11 @@ class TorchSession:
     # Evaluation
 
     def outputs(self, feed: Any) -> Iterator[Outputs]:
-        """Evaluation mode over `feed.ordered()`; random state is left as it was."""
-        with self._evaluating():
+        """Evaluation mode over `feed.ordered()`; random state is left as it was. Raises `OutOfMemory`."""
+        rows = min(self.evaluation_rows, math.ceil(self.job.batch_size / self.parts))
+        with self._evaluating(), _memory_reported("evaluation"):
             for batch in feed.ordered():
-                yield from (self._judge(part) for part in _split(self.tensors(batch), -(-batch.count // self.evaluation_rows)))
+                yield from (self._judge(part) for part in _split(self.tensors(batch), -(-batch.count // rows)))
 
     def predict(self, inputs: Any) -> Any:
         """Outputs for inputs as the model receives them (NumPy), in evaluation mode and fp32 as an export has them, NumPy."""
@@ -342,7 +349,24 @@ def _numpy(value: Any) -> Any:
     return value
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has a class for it; on a CPU torch raises a plain RuntimeError with these words."""
+@contextlib.contextmanager
+def _memory_reported(phase: str) -> Iterator[None]:
+    """Turn an allocation that failed into `OutOfMemory`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise errors.OutOfMemory(phase, _first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """CUDA has a class for it, Python and NumPy have one; on a CPU torch raises a plain RuntimeError with these words."""
     words = str(error)
+    if isinstance(error, MemoryError):
+        return True
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in words or "could not create a memory" in words

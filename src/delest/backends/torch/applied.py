@@ -1,0 +1,224 @@
+"""A plan applied to somebody's own model and optimizer, for a training loop of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from delest import errors, methods as techniques
+from delest.backends.torch import methods
+from delest.backends.torch.methods.optimizer_in_backward import Updates
+from delest.backends.torch.model import call
+from delest.methods.optimizer_in_backward import ELEMENTWISE
+from delest.records.plan import Plan
+
+
+class Applied:
+    """What `delest.apply` gives: the model and optimizer to train with, and the step that the plan describes.
+
+    `model` is the given one, changed in place; `optimizer` the given one, or a new one where a method needs another class, with
+    its groups, settings and state. `changes` are lines of what was changed, and of what only acts on a new process.
+    """
+
+    def __init__(self, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor] | None):
+        self.model, self.loss = model, loss
+        self.optimizers = [optimizer]
+        self.memory_format: torch.memory_format | None = None
+        self.autocast: torch.dtype | None = None
+        self.updates: Updates | None = None
+        self.rows: int | None = None  # of a micro-batch, None: all of a batch
+        normalised = _normalises(model)
+        self._least_rows = 2 if normalised else 1
+        self._check(plan, optimizer)
+        methods.apply_stages(plan, self, methods.BEFORE_OPTIMIZER)
+        methods.apply_stages(plan, self, methods.AFTER_OPTIMIZER)
+        (self.optimizer,) = self.optimizers
+        _lay_out(self.optimizer)
+        if plan.threads:
+            torch.set_num_threads(plan.threads)
+        self.changes = _changes(plan, optimizer, self.optimizer)
+        if self.rows is not None and normalised:
+            warnings.warn(
+                f"the model normalises over the batch, which it now sees in parts of {self.rows} rows, so that results change. Keep "
+                "that, freeze those layers with eval(), put nn.GroupNorm in their place, or plan with a larger budget so that "
+                "the batch stays whole.",
+                errors.DelestWarning,
+                stacklevel=3,
+            )
+
+    def step(self, batch: Any) -> Tensor:
+        """One whole step on a batch: forward and backward in the plan's parts, update, gradients cleared. Gives the mean loss.
+
+        A batch is a pair `(inputs, targets)` for `loss(model(inputs), targets)`; inputs are a tensor, a tuple for
+        `model(*inputs)` or a mapping for `model(**inputs)`. Without a loss the whole batch is the model's inputs, and its
+        output has a `.loss`. The loss is a mean over rows. Raises `BadInput` for batches of another form.
+        """
+        total: Tensor | None = None
+        try:
+            for part, weight in self.parts(batch):
+                with self.precision():
+                    loss = self._loss(part)
+                loss = loss if weight == 1.0 else loss * weight
+                loss.backward()
+                total = loss.detach() if total is None else total + loss.detach()
+            self.optimizer.step()  # with updates in the backward pass only what is left; hooks and schedulers count it
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+        assert total is not None
+        return total
+
+    def parts(self, batch: Any) -> Iterator[tuple[Any, float]]:
+        """The micro-batches of a batch with their share of its rows, for a loop body of one's own: multiply the loss of each by its
+        share and go backward before the next; after the last, step. Tensors with as many rows as the first are divided.
+        Updates in the backward pass happen inside this loop alone."""
+        rows = _rows_of(batch)
+        count = 1 if self.rows is None else min(math.ceil(rows / self.rows), max(1, rows // self._least_rows))
+        bounds = [rows * number // count for number in range(count + 1)]
+        try:
+            for start, stop in itertools.pairwise(bounds):
+                if self.updates is not None and stop == rows:
+                    self.updates.begin()
+                part = batch if count == 1 else _taken(batch, slice(start, stop), rows)
+                yield self._laid_out(part), (stop - start) / rows
+        finally:
+            if self.updates is not None:
+                self.updates.end()
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast as the plan has it, for a loop body of one's own: forward and loss belong inside, backward outside."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        device = next((parameter.device.type for parameter in self.model.parameters()), "cpu")
+        return torch.autocast(device, dtype=self.autocast)
+
+    def split(self, rows: int) -> None:
+        """At most `rows` rows of a batch are in memory at once from now on."""
+        self.rows = rows
+
+    def _check(self, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
+        """Raise `BadInput` with all that stands against the plan here."""
+        configs = techniques.configs(plan)
+        faults = techniques.conflicts(configs, {"optimizer": {"name": _name(optimizer)}})
+        own = {id(parameter) for parameter in self.model.parameters()}
+        if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            faults.append("the optimizer has none of the model's parameters: build it from this model's.")
+        if "optimizer_state" in configs:
+            faults += [
+                f"optimizer_state needs a new optimizer, and a {name} is attached to the given one, which it would go on driving: "
+                f"build the {name} on the new one after delest.apply."
+                for name in _schedulers(optimizer)
+            ]
+        if faults:
+            raise errors.BadInput(faults)
+
+    def _loss(self, batch: Any) -> Tensor:
+        if self.loss is not None:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise errors.BadInput(f"with a loss a batch is a pair (inputs, targets), not a {type(batch).__name__}.")
+            return self.loss(_call(self.model, batch[0]), batch[1])
+        outputs = _call(self.model, batch)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        if loss is None:
+            raise errors.BadInput(
+                f"the model gives a {type(outputs).__name__} without a loss: pass delest.apply(plan, model, optimizer, loss=...)."
+            )
+        return loss
+
+    def _laid_out(self, value: Any) -> Any:
+        wanted = self.memory_format
+        if wanted is None:
+            return value
+        return _mapped(value, lambda one: one.contiguous(memory_format=wanted) if one.ndim == 4 else one)
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return call(model, dict(inputs))
+    return call(model, tuple(inputs) if isinstance(inputs, list) else inputs)
+
+
+def _changes(plan: Plan, given: torch.optim.Optimizer, now: torch.optim.Optimizer) -> tuple[str, ...]:
+    lines = [f"threads: torch.set_num_threads({plan.threads})"] if plan.threads else []
+    for name, config in techniques.configs(plan).items():
+        settings = ", ".join(f"{key} {_words(value)}" for key, value in config.items())
+        line = f"{name}: {settings}" if settings else name
+        if techniques.named(name).STAGE == "process":
+            line += "; not yet applied, it must act before the process starts: delest exec plan.json -- python train.py"
+        lines.append(line)
+    if now is not given:
+        lines.append(f"optimizer: a new {type(now).__name__} in place of the {type(given).__name__}, same groups and settings")
+    return tuple(lines)
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _name(optimizer: torch.optim.Optimizer) -> str:
+    """The name under which methods know an optimizer's arithmetic; a subclass of somebody's is not its parent."""
+    kind = type(optimizer)
+    name = kind.__name__.lower()
+    ours = kind.__module__.startswith(("torch.optim", "delest."))
+    return name if ours or name not in ELEMENTWISE else f"{kind.__module__}.{kind.__name__}"
+
+
+def _normalises(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training for module in model.modules())
+
+
+def _schedulers(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Classes of the learning-rate schedulers that drive an optimizer: they wrap its `step`, and hold it."""
+    if not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        return []
+    schedulers = torch.optim.lr_scheduler.LRScheduler
+    holders = gc.get_referrers(optimizer)
+    holders += [owner for held in holders if isinstance(held, dict) for owner in gc.get_referrers(held)]
+    names = {type(one).__name__ for one in holders if issubclass(type(one), schedulers)}
+    return sorted(names) or ["learning-rate scheduler"]
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """State that the optimizer has already in its parameters' memory format: fused optimizers walk both in step."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+# Batches
+
+
+def _rows_of(batch: Any) -> int:
+    found: list[Tensor] = []
+    _mapped(batch, lambda one: found.append(one) or one)  # type: ignore[func-returns-value]
+    for tensor in found:
+        if tensor.ndim:
+            if len(tensor) == 0:
+                raise errors.BadInput("the batch has no rows.")
+            return len(tensor)
+    raise errors.BadInput(f"the batch, a {type(batch).__name__}, holds no tensor with rows.")
+
+
+def _taken(batch: Any, taken: slice, rows: int) -> Any:
+    return _mapped(batch, lambda one: one[taken] if one.ndim and len(one) == rows else one)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same tuples, lists and mappings (as dictionaries) around changed tensors."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: _mapped(item, change) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(item, change) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_mapped(item, change) for item in value)
+    return value

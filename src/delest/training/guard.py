@@ -1,0 +1,267 @@
+"""The memory guard: holds a run's resident set within its budget while it runs.
+
+The soft RLIMIT_DATA turns "killed for memory" into an allocation that fails: the step, which is then as if it had never
+begun, is made again with the batch in more parts. A thread watches what is resident and tightens the limit where memory
+that no allocation asked for comes into use. Every split is a decision, which a resumed run takes before the same step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import re
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from delest import errors
+from delest.hardware.machine import data_and_resident_bytes, give_back_unused, resident_bytes
+from delest.training.growth import Growth, GrowthWatch
+from delest.units import format_bytes
+
+if TYPE_CHECKING:
+    from delest.backends import Session
+    from delest.training.decisions import Decisions
+    from delest.training.position import Position
+
+MARGIN_BYTES = 16 << 20  # pages of libraries that are touched later: resident, but no data that the limit counts
+NEAR_BYTES = 8 << 20  # below the budget: what only the margin holds back
+PATIENCE = 10  # steps between two splits for closeness alone: the first must show its effect
+SPARED = 8  # times in a run that a step is tried again as it is
+BACK_AND_FORTH = 1.05  # of the smallest budget that is named: a process that asks again is a little larger
+WATCH_SECONDS = 0.01
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An allocation that failed; the error itself is let go, since its traceback holds the step's tensors."""
+
+    phase: str
+    detail: str
+    begun: bool = False
+
+    @property
+    def harmful(self) -> bool:
+        """Whether the update may be half done."""
+        return self.begun or self.phase == "optimizer"
+
+    @property
+    def asked_bytes(self) -> int:
+        """0 where the words do not tell."""
+        found = re.search(r"allocate (\d+) bytes", self.detail)
+        return int(found[1]) if found else 0
+
+
+class Guard:
+    """Watches one run's memory. Without a budget it lets everything through, and follows what an earlier part decided."""
+
+    def __init__(self, session: Session, batch_size: int, note: Callable[[str], None]):
+        self.session, self.batch_size, self.note = session, batch_size, note
+        self.budget_bytes: int | None = None
+        self._watch: _Watch | None = None
+        self._growth: GrowthWatch | None = None
+        self._owner = ""
+        self._spared, self._eased_at = 0, -PATIENCE
+
+    @contextlib.contextmanager
+    def watching(self, budget_bytes: int | None) -> Iterator[None]:
+        """Guard a budget of resident bytes while the context is open; None guards nothing.
+
+        Raises `NothingFits` where memory ran out outside a step, as when a batch was read.
+        """
+        if budget_bytes is None:
+            yield
+            return
+        self.budget_bytes, self._growth = budget_bytes, GrowthWatch(budget_bytes)
+        self._watch = _Watch(budget_bytes)
+        with self._watch.running():
+            try:
+                yield
+            except MemoryError as error:
+                raise self._too_small(_Failure("reading", str(error))) from None
+            finally:
+                self._watch = None
+
+    def attempt(
+        self, work: Callable[[], Result], decisions: Decisions, position: Position, *, evaluating: bool = False
+    ) -> Result:
+        """What `work` gives: a step, or an evaluation. Where memory runs out it is begun again with the batch in more parts.
+
+        Raises `NothingFits` where no smaller parts are left; `OutOfMemory` where the update failed, which may be half done.
+        """
+        self.follow(decisions, position, evaluating=evaluating)
+        if self._watch is None:
+            return work()
+        if not evaluating:
+            self._ease(decisions, position)
+        tried: set[int] = set()  # parts
+        while True:
+            self._watch.highest_bytes = 0
+            try:
+                result = work()
+            except (errors.OutOfMemory, MemoryError) as error:
+                failure = _failure(error, evaluating)
+            else:
+                if not evaluating:
+                    self._look_for_growth(decisions, position)
+                return result
+            if failure.harmful:
+                raise errors.OutOfMemory(failure.phase, failure.detail, failure.begun)
+            again = self.session.parts not in tried and self._was_address_space(failure)
+            tried.add(self.session.parts)
+            if not again:
+                self.split(decisions, position, failure)
+            self._watch.begin_anew(widen=again)
+
+    def follow(self, decisions: Decisions, position: Position, *, evaluating: bool = False) -> bool:
+        """Split as the interrupted run did before this very step or evaluation; whether it did."""
+        followed = False
+        while (line := decisions.scripted("split", position.step)) and (line["phase"] == "evaluation") == evaluating:
+            decisions.take("split", position.step)
+            self.session.parts = max(self.session.parts, line["parts"])
+            position.decisions, followed = decisions.count, True
+        return followed
+
+    def split(self, decisions: Decisions, position: Position, failure: _Failure, **facts: Any) -> None:
+        """Decide on more parts. Raises `NothingFits` where there can be no more."""
+        self._divide(decisions, position, failure.phase, f"memory ran out in the {failure.phase} phase", failure, **facts)
+
+    def take_back(self, decisions: Decisions, position: Position, error: errors.OutOfMemory, failed_at: int) -> None:
+        """Decide on more parts from a checkpoint on, since the step that failed left its mark."""
+        self.split(decisions, position, _Failure(error.phase, error.detail), failed_at=failed_at)
+        if self._watch is not None:
+            self._watch.begin_anew()
+
+    def parts_after_crash(self, parts: int, how: str) -> dict[str, Any]:
+        """The decision of a run whose process was ended at `parts`, by a signal that is told in words."""
+        self.session.parts = max(self.session.parts, parts)
+        if self.session.parts >= self.session.most_parts:
+            raise self._too_small(_Failure("training", how))
+        parts = self._next_parts()
+        return {"phase": "crash", "parts": parts, "why": f"the process ended ({how}): {self._rows_words(parts)}"}
+
+    def _ease(self, decisions: Decisions, position: Position) -> None:
+        """Split before a step where the last one came too close to the budget."""
+        assert self._watch is not None
+        near = self._watch.highest_bytes > self._watch.budget_bytes - NEAR_BYTES
+        if not near or position.step - self._eased_at < PATIENCE or self.session.parts >= self.session.most_parts:
+            return
+        self._eased_at = position.step
+        why = f"the resident set came to {format_bytes(self._watch.highest_bytes)}"
+        self._divide(decisions, position, "approach", why, _Failure("approach", ""))
+        self._watch.begin_anew()
+
+    def _divide(self, decisions: Decisions, position: Position, phase: str, why: str, failure: _Failure, **facts: Any) -> None:
+        if self.session.parts >= self.session.most_parts:
+            raise self._too_small(failure)
+        parts = self._next_parts()
+        why = f"{why}, of a budget of {format_bytes(self.budget_bytes or 0)}: {self._rows_words(parts)}"
+        decisions.take("split", position.step, phase=phase, parts=parts, why=why, **facts)
+        self.session.parts, position.parts, position.decisions = parts, parts, decisions.count
+        self.note(f"step {position.step:,}: {why}.")
+
+    def _next_parts(self) -> int:
+        return min(2 * self.session.parts, self.session.most_parts)
+
+    def _rows_words(self, parts: int) -> str:
+        now, then = (math.ceil(self.batch_size / number) for number in (self.session.parts, parts))
+        return f"{parts} parts of {then} row{'s' * (then > 1)} instead of {self.session.parts} of {now}"
+
+    def _was_address_space(self, failure: _Failure) -> bool:
+        """Whether there was memory, and only the limit was too tight: threads that started since took address space for
+        stacks that they hardly touch, and a failed backward keeps some."""
+        assert self._watch is not None
+        highest = max(self._watch.highest_bytes, resident_bytes())
+        if highest + failure.asked_bytes + 2 * MARGIN_BYTES > self._watch.budget_bytes or self._spared == SPARED:
+            return False
+        self._spared += 1
+        return True
+
+    def _look_for_growth(self, decisions: Decisions, position: Position) -> None:
+        assert self._growth is not None
+        found = self._growth.stepped(resident_bytes())
+        if found is not None:
+            why = _growth_words(found)
+            self._owner = f" Memory grows by {why}."
+            decisions.notice("growth", position.step, why=why, bytes_per_step=found.bytes_per_step)
+            self.note(f"step {position.step:,}: memory grows by {why}.")
+
+    def _too_small(self, failure: _Failure) -> errors.NothingFits:
+        """The error that names the smallest budget, as well as one failed allocation tells it."""
+        budget, least = self.budget_bytes or 0, math.ceil(self.batch_size / max(1, self.session.most_parts))
+        highest = max(budget - MARGIN_BYTES, self._watch.highest_bytes if self._watch is not None else 0)
+        smallest = int((highest + max(failure.asked_bytes, MARGIN_BYTES) + MARGIN_BYTES) * BACK_AND_FORTH)
+        asked = f" when {format_bytes(failure.asked_bytes)} more were asked for" if failure.asked_bytes else ""
+        how = failure.detail if failure.phase == "training" else f"memory ran out in the {failure.phase} phase{asked}"
+        return errors.NothingFits(
+            f"{format_bytes(budget)} are not enough: {how}, with {least} row{'s' * (least > 1)} at a time. As far as can be told "
+            f"it takes --memory {math.ceil(smallest / 2**20)}MiB or more, in a new run, or a smaller model.{self._owner}",
+            smallest,
+        )
+
+
+class _Watch:
+    """The thread, and the limit on data: what may be resident still, above the least difference between data and resident
+    memory that was seen, since the rest of that difference may be touched."""
+
+    def __init__(self, budget_bytes: int):
+        self.budget_bytes, self.highest_bytes = budget_bytes, 0
+        self._done, self._lock = threading.Event(), threading.Lock()
+        self._limit = resource.RLIM_INFINITY
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        thread = threading.Thread(target=self._run, name="memory-guard", daemon=True)
+        thread.start()
+        self.begin_anew()
+        try:
+            yield
+        finally:
+            self._done.set()
+            thread.join()
+            resource.setrlimit(resource.RLIMIT_DATA, before)
+
+    def begin_anew(self, *, widen: bool = False) -> None:
+        """Free what can be freed. With `widen` the limit is set for what is resident now, else it stays as tight as it was: what
+        is given back here comes into use again without being asked for."""
+        gc.collect()
+        self._read(widen=widen)
+        give_back_unused()
+        self.highest_bytes = 0
+
+    def _run(self) -> None:
+        while not self._done.is_set():
+            resident = self._read(widen=False)
+            self.highest_bytes = max(self.highest_bytes, resident)
+            self._done.wait(WATCH_SECONDS)
+
+    def _read(self, *, widen: bool) -> int:
+        """What is resident; the limit follows it."""
+        with self._lock:
+            sizes = data_and_resident_bytes()
+            if sizes is None:  # a system that does not count data: watched only
+                return resident_bytes()
+            data, resident = sizes
+            limit = max(0, data + self.budget_bytes - MARGIN_BYTES - resident)
+            if widen or limit < self._limit or self._limit == resource.RLIM_INFINITY:
+                hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+                self._limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+                resource.setrlimit(resource.RLIMIT_DATA, (self._limit, hard))
+        return resident
+
+
+def _failure(error: errors.OutOfMemory | MemoryError, evaluating: bool) -> _Failure:
+    if isinstance(error, errors.OutOfMemory):
+        return _Failure(error.phase, error.detail, error.begun)
+    return _Failure("evaluation" if evaluating else "forward", str(error))
+
+
+def _growth_words(found: Growth) -> str:
+    """ "264 KiB a step: a list of 412 tensors (103 MiB) held by `history` in train.py"."""
+    owner = found.owner or "nothing that Python holds; libraries or the allocator keep it"
+    return f"{format_bytes(found.bytes_per_step)} a step: {owner}"
