@@ -9,7 +9,21 @@ __version__ = "0.1.0"
 
 _HOMES = {
     **dict.fromkeys(
-        ("run", "inspect", "estimate", "measure", "plan", "apply", "train", "shrink", "report", "predict", "doctor", "sweep"),
+        (
+            "run",
+            "inspect",
+            "estimate",
+            "measure",
+            "plan",
+            "apply",
+            "verify",
+            "train",
+            "shrink",
+            "report",
+            "predict",
+            "doctor",
+            "sweep",
+        ),
         "delest.verbs",
     ),
     **dict.fromkeys(("Job", "Recipe", "Split"), "delest.job"),
@@ -35,6 +49,7 @@ if TYPE_CHECKING:
         shrink as shrink,
         sweep as sweep,
         train as train,
+        verify as verify,
     )
 
 

@@ -10,6 +10,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from delest.records.footprint import Footprint
 from delest.records.hardware import Check, Diagnosis, Hardware
 from delest.records.plan import Plan
 from delest.records.run import Run, Summary
+from delest.records.verification import ResumeCheck, Verification
 
 HARDWARE = Hardware(
     processor="P", cores=2, instruction_sets=("avx2",), memory_bytes=1, memory_limit_bytes=None, available_bytes=1
@@ -30,6 +32,9 @@ FOOTPRINT = Footprint(
 SUMMARY = Summary(
     source="s", fingerprint="f", rows=3, kind="table", columns=(), target="y", classes=None, splits={"train": 3}, row_bytes=4
 )
+VERIFICATION = Verification(
+    ok=True, plan=Plan(batch_size=4, micro_batch=4), methods=(), resume=ResumeCheck(ok=True, why="the same"), rows=4
+)
 
 
 @pytest.fixture
@@ -39,6 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[tuple[Any, ...], d
     answers: dict[str, Callable[..., Any]] = {
         "inspect": lambda job: SUMMARY,
         "plan": lambda *a, **k: Plan(batch_size=4, micro_batch=2),
+        "verify": lambda *a, **k: VERIFICATION,
         "estimate": lambda *a, **k: FOOTPRINT,
         "sweep": lambda *a, **k: (FOOTPRINT,),
         "measure": lambda *a, **k: FOOTPRINT,
@@ -231,6 +237,26 @@ class TestOutput:
         assert "pip install torch" in capsys.readouterr().out
         assert cli.main(["doctor", "--json"]) == status
         assert json.loads(capsys.readouterr().out)["checks"][0]["name"] == "torch"
+
+    @pytest.mark.parametrize(("ok", "status"), [(True, 0), (False, 6)])
+    def test_verify_ends_with_its_verdict(
+        self,
+        ok: bool,
+        status: int,
+        calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        assert cli.main(["verify", "job.py", "--memory", "1GiB", "--threads", "2", "--quiet"]) == 0
+        assert calls["verify"][1] == {"memory": "1GiB", "threads": 2, "say": "quiet"}
+        found = replace(VERIFICATION, ok=ok, resume=replace(VERIFICATION.resume, ok=ok))
+        monkeypatch.setattr(sys.modules["delest.verbs"], "verify", lambda *a, **k: found)
+        capsys.readouterr()
+        assert cli.main(["verify", "job.py"]) == status
+        assert capsys.readouterr().out.startswith("verified: " if ok else "1 of 1 check failed: ")
+        assert cli.main(["verify", "job.py", "--json"]) == status
+        told = json.loads(capsys.readouterr().out)
+        assert (told["format"], told["ok"], told["methods"], told["resume"]["ok"]) == (1, ok, [], ok)
 
     def test_doctor_measures_and_clears_where_it_is_told_to(
         self, calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]

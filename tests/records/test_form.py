@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from delest import errors
-from delest.records import footprint, hardware, latency, plan, run, script, shrunk, source, trace
+from delest.records import footprint, hardware, latency, plan, run, script, shrunk, source, trace, verification
 from delest.records.form import from_json, read_json, read_object, to_json, to_plain
 from delest.storage import write_json
 
@@ -139,6 +139,18 @@ CANDIDATE = shrunk.Candidate(
     bound=BOUND,
     parity=1e-5,
 )
+METHOD_CHECK = verification.MethodCheck(
+    name="micro_batch",
+    keeps="rounding",
+    ok=True,
+    why="within 1e-09",
+    steps=20,
+    precision="fp64",
+    tolerance=1e-9,
+    loss_difference=0.0,
+    gradient_difference=3e-16,
+)
+RESUME_CHECK = verification.ResumeCheck(ok=True, why="the same", steps=8, killed_at=6, resumed_from=5, sha256="1b9e")
 EXAMPLES: tuple[Any, ...] = (
     FOOTPRINT,
     *DETAILED.modules,
@@ -204,11 +216,30 @@ EXAMPLES: tuple[Any, ...] = (
     shrunk.Shrunk(
         path=Path("runs/digits-001/shrunk"), shipped="int8", metric="accuracy", max_drop=0.005, candidates=(CANDIDATE,)
     ),
+    plan.Option(
+        methods=("activation_checkpointing",),
+        blocks=4,
+        micro_batch=32,
+        peak_bytes=1,
+        step_seconds=0.5,
+        fits=True,
+        keeps="bitwise",
+    ),
+    METHOD_CHECK,
+    RESUME_CHECK,
+    verification.Verification(
+        ok=True,
+        plan=plan.Plan(batch_size=8, micro_batch=8),
+        methods=(METHOD_CHECK,),
+        resume=RESUME_CHECK,
+        rows=8,
+        seconds={"comparing": 1.5},
+    ),
 )
 
 
 def records() -> set[Any]:
-    rooms = (footprint, hardware, latency, plan, run, script, shrunk, source, trace)
+    rooms = (footprint, hardware, latency, plan, run, script, shrunk, source, trace, verification)
     return {
         kind
         for room in rooms

@@ -21,7 +21,7 @@ import typer
 from delest import __version__, errors, storage
 from delest.records.form import to_json
 
-COMMANDS = ("run", "inspect", "estimate", "measure", "plan", "train", "shrink", "report", "predict", "doctor")
+COMMANDS = ("run", "inspect", "estimate", "measure", "plan", "verify", "train", "shrink", "report", "predict", "doctor")
 _WHEN_TERMINATED = ("Interrupted", "terminated; what was finished before is kept", 128 + signal.SIGTERM)
 _INTERRUPTED = 130  # 128 + SIGINT
 # Newer versions of typer carry click inside, older ones import it; its base classes have no public name in either.
@@ -78,8 +78,10 @@ def _terminated(number: int, frame: object) -> None:
 def _run(given: list[str], as_json: bool) -> tuple[int, str]:
     """Exit status and standard output of a command line; errors have been told on standard error."""
     try:
+        from delest.cli.supervision import supervised
+
         with storage.room_reported(Path("standard output")):  # of --help and --version; all else is written by name
-            answer = _command().main(given, prog_name="delest", standalone_mode=False)
+            answer = supervised(given) or _command().main(given, prog_name="delest", standalone_mode=False)
         if isinstance(answer, Answer):
             shown = as_json and answer.record is not None
             text = json.dumps(to_json(answer.record), indent=2) if shown else answer.text()

@@ -10,6 +10,7 @@ from delest.verbs.memory import estimate, measure, measure_script, read_budget, 
 from delest.verbs.own_loop import apply
 from delest.verbs.ship import predict, report, shrink
 from delest.verbs.training import train
+from delest.verbs.verification import verify
 
 if TYPE_CHECKING:
     from delest.training.progress import Progress
@@ -31,6 +32,7 @@ __all__ = [
     "shrink",
     "sweep",
     "train",
+    "verify",
 ]
 
 

@@ -14,13 +14,14 @@ from delest.records.footprint import Footprint
 from delest.records.form import read_json, read_object
 from delest.records.plan import Plan
 from delest.records.run import Best, Run
+from delest.verbs import supervision
 from delest.verbs.look import plan_workplace
 from delest.verbs.preview import train_preview
 from delest.verbs.workplace import (
     Workplace,
     backend,
     build_trainer,
-    check_batch,
+    given_plan,
     guarded_bytes,
     open_workplace,
     preprocessing_json,
@@ -129,7 +130,8 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
     trainer = build_trainer(place, session, folder, say)
     trainer.limits = replace(limits, memory_bytes=guarded_bytes(plan))
     run = _began(folder, place, plan, session, preview)
-    if settings.resume and trainer.resume():
+    supervision.tell(folder, trainer.limits.memory_bytes)
+    if settings.resume and trainer.resume(supervision.crash()):
         say.stage(f"train: going on from step {trainer.position.step:,} of {trainer.position.total_steps:,} in {folder}")
     else:
         say.stage(f"train: {trainer.position.total_steps:,} steps of {place.job.batch_size} rows, in {folder}")
@@ -205,18 +207,7 @@ def _plan(place: Workplace, settings: Settings, folder: Path, say: Progress) -> 
     given = settings.plan
     if given is None:
         return plan_workplace(place, memory=settings.memory, device=settings.device, threads=settings.threads, say=say)
-    told = [name for name in ("memory", "device", "threads") if getattr(settings, name) is not None]
-    if told:
-        raise errors.BadInput(
-            f"{', '.join(f'--{name}' for name in told)}: the plan that was given says so already. Leave it out."
-        )
-    check_batch(place)
-    plan = given if isinstance(given, Plan) else read_json(Plan, Path(given))
-    if plan.batch_size != place.job.batch_size:
-        raise errors.BadInput(
-            f"the plan is for a batch of {plan.batch_size} rows, the job has {place.job.batch_size}: make a new plan."
-        )
-    return plan
+    return given_plan(place, given, {name: getattr(settings, name) for name in ("memory", "device", "threads")})
 
 
 def _start_folder(folder: Path, place: Workplace, plan: Plan, session: Any, settings: Settings) -> Path:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from delest import errors, metrics
 from delest.job import Job
 from delest.records.form import read_json, to_json
+from delest.records.plan import Plan
 
 if TYPE_CHECKING:
     from delest.records.batch import Inputs
-    from delest.records.plan import Plan
     from delest.records.run import Summary
     from delest.training.loop import Trainer
     from delest.training.progress import Progress
@@ -120,6 +120,30 @@ def check_batch(place: Workplace) -> None:
         raise errors.BadInput(
             f"the batch of {place.job.batch_size} rows is larger than the {rows} training rows: give --batch-size {rows} or less."
         )
+
+
+def given_plan(place: Workplace, plan: Plan | str | Path, told: Mapping[str, Any]) -> Plan:
+    """A plan that was given, a record or its file, in place of one that is made here.
+
+    Raises `BadInput` for a plan of another batch size, methods that are not known or exclude each other, and for anything
+    `told` (by option, None: not given) that the plan says itself.
+    """
+    from delest import methods
+
+    said = [name for name, value in told.items() if value is not None]
+    if said:
+        raise errors.BadInput(
+            f"{', '.join(f'--{name}' for name in said)}: the plan that was given says so already. Leave it out."
+        )
+    check_batch(place)
+    found = plan if isinstance(plan, Plan) else read_json(Plan, Path(plan))
+    if found.batch_size != place.job.batch_size:
+        raise errors.BadInput(
+            f"the plan is for a batch of {found.batch_size} rows, the job has {place.job.batch_size}: make a new plan."
+        )
+    if faults := methods.conflicts(methods.configs(found), methods.of_recipe(place.job.recipe)):
+        raise errors.BadInput(faults)
+    return found
 
 
 def _mismatches(job: Job, source: Any) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,10 +44,15 @@ def _classification(name: str, outputs: Tensor, targets: Tensor, smoothing: floa
     """Cross-entropy; of one logit a row for two classes where the model gives a single value. Log-probabilities
     (a model ending in log_softmax) give the same value as logits, since log_softmax does not change them."""
     if name == "bce" or outputs.ndim == 1 or outputs.shape[1] == 1:
-        logits = outputs.reshape(targets.shape).float()
+        logits = _wide(outputs.reshape(targets.shape))
         smoothed = targets.to(logits.dtype) * (1 - smoothing) + smoothing / 2
         return F.binary_cross_entropy_with_logits(logits, smoothed, reduction=reduction)
-    return F.cross_entropy(outputs.float(), targets, label_smoothing=smoothing, reduction=reduction)
+    return F.cross_entropy(_wide(outputs), targets, label_smoothing=smoothing, reduction=reduction)
+
+
+def _wide(outputs: Tensor) -> Tensor:
+    """Half precision as fp32; fp64 stays, or a comparison in it would end in fp32."""
+    return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
 def _like(outputs: Tensor, targets: Tensor) -> Tensor:
