@@ -78,10 +78,8 @@ def _terminated(number: int, frame: object) -> None:
 def _run(given: list[str], as_json: bool) -> tuple[int, str]:
     """Exit status and standard output of a command line; errors have been told on standard error."""
     try:
-        from delest.cli.supervision import supervised
-
         with storage.room_reported(Path("standard output")):  # of --help and --version; all else is written by name
-            answer = supervised(given) or _command().main(given, prog_name="delest", standalone_mode=False)
+            answer = _command().main(given, prog_name="delest", standalone_mode=False)
         if isinstance(answer, Answer):
             shown = as_json and answer.record is not None
             text = json.dumps(to_json(answer.record), indent=2) if shown else answer.text()
