@@ -14,7 +14,6 @@ from delest.records.footprint import Footprint
 from delest.records.form import read_json, read_object
 from delest.records.plan import Plan
 from delest.records.run import Best, Run
-from delest.verbs import supervision
 from delest.verbs.look import plan_workplace
 from delest.verbs.preview import train_preview
 from delest.verbs.workplace import (
@@ -130,8 +129,7 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
     trainer = build_trainer(place, session, folder, say)
     trainer.limits = replace(limits, memory_bytes=guarded_bytes(plan))
     run = _began(folder, place, plan, session, preview)
-    supervision.tell(folder, trainer.limits.memory_bytes)
-    if settings.resume and trainer.resume(supervision.crash()):
+    if settings.resume and trainer.resume():
         say.stage(f"train: going on from step {trainer.position.step:,} of {trainer.position.total_steps:,} in {folder}")
     else:
         say.stage(f"train: {trainer.position.total_steps:,} steps of {place.job.batch_size} rows, in {folder}")
