@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from delest import errors, methods
+from delest.footprint import heap
 from delest.footprint.composition import Lives
 from delest.footprint.time import StepTime, operator_seconds, scale, step_time
 from delest.planning.checkpoints import Block, choose_blocks, find_blocks
@@ -27,7 +28,7 @@ from delest.units import format_bytes, format_seconds
 Retrace = Callable[[tuple[Choice, ...]], Trace]  # the job's step with these methods applied
 
 ALLOCATOR = "exact"  # live tensors alone: the probe says what a process holds beyond them
-TRACED_AGAIN = 4  # of the combinations that seem to fit
+LOOKED_AT = 4  # of the combinations that seem to fit, once one does
 TELLING = 0.02  # share of memory that two points of a frontier differ by at the least
 # Of fp32 moments, in 8 bits with a scale for each 256 of them.
 STATE_SHARE = 0.26
@@ -41,7 +42,6 @@ class Candidate:
     rows: int
     grown_bytes: float  # above the idle process, at the peak
     seconds: float  # a step on the whole batch
-    again: bool = False  # traced with its methods applied
 
     def uses(self, method: str) -> bool:
         return any(choice.method == method for choice in self.choices)
@@ -56,12 +56,18 @@ class Judge:
         rows = sample["rows"]
         grown = max(sample[phase] for phase in ("first", "steady", "evaluation"))
         self.ratio = max(1.0, grown / max(1, self._live(plain, rows, rows)))
+        self._heap_ratio = max(1.0, grown / max(1, self._held(plain, rows, rows)))
         self._probe_seconds: float = sample["seconds"]
         self._probe_time = self._time(plain, rows, 1)
 
     def bytes(self, trace: Trace, rows: int) -> float:
         """Above the idle process, at the peak of a step on the whole batch in parts of `rows`."""
         return self.ratio * self._live(trace, rows, self.request.job.batch_size)
+
+    def held_bytes(self, trace: Trace, rows: int) -> float:
+        """The same with the allocator's own share as its replay has it: smaller blocks than the probe's wait in its heap for reuse."""
+        held = self._heap_ratio * self._held(trace, rows, self.request.job.batch_size)
+        return max(held, self.bytes(trace, rows))
 
     def seconds(self, trace: Trace, rows: int) -> float:
         """Of a step on the whole batch in parts of `rows`."""
@@ -83,8 +89,12 @@ class Judge:
         return step_time(trace, self.roofline, rows=rows, parts=parts, allocator=ALLOCATOR)
 
     def _live(self, trace: Trace, rows: int, batch: int) -> int:
-        evaluated = rows if rows < batch else batch
-        return max(Lives(trace, rows=rows, evaluation_rows=evaluated, split=rows < batch).totals())
+        return max(Lives(trace, rows=rows, evaluation_rows=rows, split=rows < batch).totals())
+
+    def _held(self, trace: Trace, rows: int, batch: int) -> int:
+        if not heap.is_here():
+            return self._live(trace, rows, batch)
+        return max(heap.hold(Lives(trace, rows=rows, evaluation_rows=rows, split=rows < batch, resident=True))[1])
 
 
 def choose(request: Request, base: tuple[Choice, ...], retrace: Retrace, roofline: Roofline) -> Plan:
@@ -93,6 +103,7 @@ def choose(request: Request, base: tuple[Choice, ...], retrace: Retrace, rooflin
     Methods that change the results enter only where nothing else fits, and never where `request.exact`.
     Raises `NothingFits` with the smallest budget that works and the plan for it.
     """
+    retrace = _once(retrace)
     plain = retrace(base)
     judge = Judge(plain, request, roofline)
     candidates = _candidates(plain, base, judge)
@@ -102,6 +113,19 @@ def choose(request: Request, base: tuple[Choice, ...], retrace: Retrace, rooflin
         if (found := _fastest(group, judge, retrace)) is not None:
             return _plan(found, candidates, base, plain, judge)
     raise _nothing(candidates, judge, retrace)
+
+
+def _once(retrace: Retrace) -> Retrace:
+    """Each combination of choices is traced once."""
+    traces: dict[str, Trace] = {}
+
+    def trace(choices: tuple[Choice, ...]) -> Trace:
+        key = repr([(choice.method, choice.config) for choice in choices])
+        if key not in traces:
+            traces[key] = retrace(choices)
+        return traces[key]
+
+    return trace
 
 
 def _candidates(plain: Trace, base: tuple[Choice, ...], judge: Judge) -> list[Candidate]:
@@ -151,39 +175,33 @@ def _part_counts(request: Request) -> list[int]:
 
 
 def _fastest(group: Sequence[Candidate], judge: Judge, retrace: Retrace) -> Candidate | None:
-    """Of the candidates that seem to fit, fastest first, some traced again; the fastest that still fits."""
-    most, best, tried = judge.request.most_grown_bytes, None, 0
+    """Of the candidates that seem to fit, fastest first, some looked at closely; the fastest that still fits."""
+    most, best, close = judge.request.most_grown_bytes, None, 0
+    more = 1.0  # what those that were looked at took beyond what was thought
     for candidate in group:
-        if candidate.grown_bytes > most or (best is not None and candidate.seconds >= best.seconds):
+        if more * candidate.grown_bytes > most or (best is not None and candidate.seconds >= best.seconds):
             continue
-        if tried == TRACED_AGAIN and best is not None:
+        if best is not None and close >= LOOKED_AT:
             break
-        checked = _traced_again(candidate, judge, retrace)
-        tried += checked.again
-        if checked.grown_bytes <= most and (best is None or checked.seconds < best.seconds):
+        checked, close = _closely(candidate, judge, retrace), close + 1
+        if checked.grown_bytes > most:
+            more = max(more, checked.grown_bytes / candidate.grown_bytes)
+        elif best is None or checked.seconds < best.seconds:
             best = checked
-        if tried > 2 * TRACED_AGAIN:
-            break
     return best
 
 
-def _traced_again(candidate: Candidate, judge: Judge, retrace: Retrace) -> Candidate:
-    """A candidate as its own trace has it; where it takes more than was thought, with blocks recomputed for the difference."""
-    if not any(choice.method in _AGAIN for choice in candidate.choices):
-        return candidate  # parts alone: the plain trace says all
+def _closely(candidate: Candidate, judge: Judge, retrace: Retrace) -> Candidate:
+    """A candidate as a trace of its own has it, with its methods applied, and as the allocator would hold it."""
     trace = retrace(candidate.choices)
-    return replace(
-        candidate,
-        grown_bytes=judge.bytes(trace, candidate.rows),
-        seconds=judge.seconds(trace, candidate.rows),
-        again=True,
-    )
+    grown, seconds = judge.held_bytes(trace, candidate.rows), judge.seconds(trace, candidate.rows)
+    return replace(candidate, grown_bytes=grown, seconds=seconds)
 
 
 def _plan(found: Candidate, candidates: Sequence[Candidate], base: tuple[Choice, ...], plain: Trace, judge: Judge) -> Plan:
     request = judge.request
     batch = request.job.batch_size
-    without = Candidate(base, batch, judge.bytes(plain, batch), judge.seconds(plain, batch))
+    without = Candidate(base, batch, judge.held_bytes(plain, batch), judge.seconds(plain, batch))
     choices = _explained(found, without, plain, judge)
     considered = tuple(_option(one, request) for one in _distinct([found, *candidates])[: _SHOWN + 1])
     return Plan(
@@ -338,7 +356,7 @@ def _keeps(candidate: Candidate, request: Request) -> Any:
 
 def _nothing(candidates: Sequence[Candidate], judge: Judge, retrace: Retrace) -> errors.NothingFits:
     request = judge.request
-    least = _traced_again(min(candidates, key=lambda one: one.grown_bytes), judge, retrace)
+    least = _closely(min(candidates, key=lambda one: one.grown_bytes), judge, retrace)
     smallest = request.high_bytes(least.grown_bytes) + SLACK_BYTES
     words = ", ".join(choice.method for choice in least.choices) or "no other method"
     return errors.NothingFits(
