@@ -15,7 +15,7 @@ import delest
 from delest.cli import COMMANDS
 
 PACKAGE = Path(delest.__file__).parent
-FLOOR = {"errors", "records", "metrics", "job", "storage", "processes", "units", "runs"}
+FLOOR = {"errors", "records", "metrics", "job", "storage", "processes", "units", "runs", "supervision"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "records": {"errors"},
@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "storage": {"errors", "records"},
     "processes": {"errors", "job"},
     "runs": {"errors", "job", "records", "storage"},
+    "supervision": {"errors", "runs", "storage", "units"},
     "hardware": FLOOR,
     "data": FLOOR,
     "bundle": FLOOR | {"data"},

@@ -290,6 +290,7 @@ class TestOutput:
         from delest.records.shrunk import Shrunk
 
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("DELEST_SUPERVISED", "by this test")  # a run with a budget would be a child that knows no fakes
         shrunk = Shrunk(path=Path("shrunk"), shipped="int8", metric="accuracy", max_drop=0.005, candidates=())
         monkeypatch.setattr(sys.modules["delest.verbs"], "shrink", lambda *a, **k: shrunk)
         monkeypatch.setattr("delest.reporting.text.shrunk_text", lambda record: "int8 ships")

@@ -268,3 +268,14 @@ def test_metrics_are_shown_by_their_kind(metric, value, shown):
 )
 def test_ratios_are_said_in_words(before, after, said):
     assert words.ratio_words(before, after, "smaller", "larger", "the same size") == said
+
+
+def test_what_the_guard_decided_is_a_line_each():
+    split = {"kind": "split", "at": 1200, "phase": "backward", "parts": 2, "why": "memory ran out in the backward phase"}
+    growth = {"kind": "growth", "at": 1300, "bytes_per_step": 1 << 18, "why": "memory grows by 256 KiB a step"}
+    output = text.run_text(samples.digits_run(FOLDER, decisions=(split, growth)))
+    lines = [line.split(maxsplit=1)[1] for line in output.splitlines() if line.split()[:1] == ["decision"]]
+    assert lines == [
+        "step 1,200, split: memory ran out in the backward phase",
+        "step 1,300, growth: memory grows by 256 KiB a step",
+    ]

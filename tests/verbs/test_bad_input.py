@@ -177,9 +177,9 @@ def test_an_output_folder_that_holds_another_run(here, capsys):
     assert "--resume" in said
 
 
-def test_a_budget_that_nothing_fits_names_the_smallest_that_works(here, capsys):
+def test_a_budget_that_nothing_fits_names_the_smallest_that_works(here, capfd):
     said = refuse(
-        capsys,
+        capfd,  # a run with a budget is a child of the command
         "train",
         write_job(here, "job = delest.Job(model=model, data=(x, y), batch_size=16)"),
         "--memory",

@@ -18,7 +18,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from delest import __version__, errors, storage
+from delest import __version__, errors, storage, supervision
 from delest.records.form import to_json
 
 COMMANDS = ("run", "inspect", "estimate", "measure", "plan", "verify", "train", "shrink", "report", "predict", "doctor")
@@ -78,6 +78,8 @@ def _terminated(number: int, frame: object) -> None:
 def _run(given: list[str], as_json: bool) -> tuple[int, str]:
     """Exit status and standard output of a command line; errors have been told on standard error."""
     try:
+        if (status := supervision.supervise(given)) is not None:  # which has written all there is to say
+            return status, ""
         with storage.room_reported(Path("standard output")):  # of --help and --version; all else is written by name
             answer = _command().main(given, prog_name="delest", standalone_mode=False)
         if isinstance(answer, Answer):

@@ -271,7 +271,11 @@ def _upper(shrunk: Shrunk, candidate: Candidate) -> tuple[str, str] | None:
 
 def _decision(row: dict[str, Any]) -> dict[str, str]:
     """A row of `decisions.jsonl`: when, what, why, and the rest as it is."""
-    rest = {key: value for key, value in row.items() if key not in ("format", "kind", "at", "why")}
+    rest = {
+        key: format_bytes(value) if key == "bytes_per_step" and isinstance(value, int) else value
+        for key, value in row.items()
+        if key not in ("format", "kind", "at", "why") and value is not None
+    }
     return {
         "step": f"{row['at']:,}" if isinstance(row.get("at"), int) else "",
         "what": words.clean(row.get("kind", "decision")),

@@ -160,6 +160,7 @@ def run_text(run: Run) -> str:
         facts.append(("predicted peak", _footprint(run.plan.predicted)))
     if run.measured is not None:
         facts.append(("measured peak", _footprint(run.measured)))
+    facts.extend(("decision", words.decision_words(row)) for row in run.decisions)
     facts.append(("files", str(run.path)))
     return sections(words.run_verdict(run), ("", table(facts)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from delest.records.footprint import Footprint
 from delest.records.hardware import Hardware
@@ -272,6 +273,13 @@ def footprints(run: Run) -> list[tuple[str, Footprint | None]]:
 
 def interval_words(low: int, high: int) -> str:
     return format_bytes(low) if low == high else f"{format_bytes(low)} to {format_bytes(high)}"
+
+
+def decision_words(row: dict[str, Any]) -> str:
+    """A row of `decisions.jsonl` on one line: "step 12, split: memory ran out in the backward phase, ..."."""
+    at = row.get("at")
+    where = f"step {at:,}, " if isinstance(at, int) else ""
+    return f"{where}{clean(row.get('kind', 'decision'))}: {clean(row.get('why', ''))}"
 
 
 def pairs_words(mapping: dict[str, object]) -> str:

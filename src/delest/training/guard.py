@@ -136,8 +136,12 @@ class Guard:
         if self._watch is not None:
             self._watch.begin_anew()
 
-    def parts_after_crash(self, parts: int, how: str) -> dict[str, Any]:
-        """The decision of a run whose process was ended at `parts`, by a signal that is told in words."""
+    def parts_after_crash(self, parts: int, how: str, budget_bytes: int | None) -> dict[str, Any]:
+        """The decision of a run whose process was ended at `parts`, by a signal that is told in words.
+
+        Raises `NothingFits` where there can be no more parts.
+        """
+        self.budget_bytes = budget_bytes
         self.session.parts = max(self.session.parts, parts)
         if self.session.parts >= self.session.most_parts:
             raise self._too_small(_Failure("training", how))
@@ -186,9 +190,9 @@ class Guard:
         found = self._growth.stepped(resident_bytes())
         if found is not None:
             why = _growth_words(found)
-            self._owner = f" Memory grows by {why}."
+            self._owner = f" {why[0].upper()}{why[1:]}."
             decisions.notice("growth", position.step, why=why, bytes_per_step=found.bytes_per_step)
-            self.note(f"step {position.step:,}: memory grows by {why}.")
+            self.note(f"step {position.step:,}: {why}.")
 
     def _too_small(self, failure: _Failure) -> errors.NothingFits:
         """The error that names the smallest budget, as well as one failed allocation tells it."""
@@ -264,4 +268,4 @@ def _failure(error: errors.OutOfMemory | MemoryError, evaluating: bool) -> _Fail
 def _growth_words(found: Growth) -> str:
     """ "264 KiB a step: a list of 412 tensors (103 MiB) held by `history` in train.py"."""
     owner = found.owner or "nothing that Python holds; libraries or the allocator keep it"
-    return f"{format_bytes(found.bytes_per_step)} a step: {owner}"
+    return f"memory grows by {format_bytes(found.bytes_per_step)} a step: {owner}"

@@ -84,7 +84,8 @@ class Trainer:
         path = self.folder / "decisions.jsonl"
         if crash is not None:
             lines = storage.read_lines(path)[self.position.decisions :]
-            facts = self.guard.parts_after_crash(max((line.get("parts", 0) for line in lines), default=0), crash)
+            parts = max((line.get("parts", 0) for line in lines), default=0)
+            facts = self.guard.parts_after_crash(parts, crash, self.limits.memory_bytes)
             self.progress.note(f"step {self.position.step:,}: {facts['why']}.")
             storage.append_line(path, {"kind": "split", "at": self.position.step, **facts, "failed_at": None}, sync=True)
         self.decisions = Decisions(path, self.position.decisions)

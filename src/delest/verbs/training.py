@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delest import __version__, errors, job as jobs, runs, storage, units
+from delest import __version__, errors, job as jobs, runs, storage, supervision, units
 from delest.records.footprint import Footprint
 from delest.records.form import read_json, read_object
 from delest.records.plan import Plan
@@ -129,7 +129,8 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
     trainer = build_trainer(place, session, folder, say)
     trainer.limits = replace(limits, memory_bytes=guarded_bytes(plan))
     run = _began(folder, place, plan, session, preview)
-    if settings.resume and trainer.resume():
+    supervision.tell(folder, trainer.limits.memory_bytes)
+    if settings.resume and trainer.resume(supervision.crash()):
         say.stage(f"train: going on from step {trainer.position.step:,} of {trainer.position.total_steps:,} in {folder}")
     else:
         say.stage(f"train: {trainer.position.total_steps:,} steps of {place.job.batch_size} rows, in {folder}")
