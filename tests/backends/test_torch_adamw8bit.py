@@ -21,28 +21,40 @@ from delest.records.plan import Choice, Plan
 from delest.records.source import Column, Schema, Target
 
 
+def coded(name: str, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales, and the values that they stand for."""
+    count, blocks = len(values), -(-len(values) // 256)
+    codes = torch.empty(count, dtype=torch.int8 if name == "exp_avg" else torch.uint8)
+    scales, work, back = torch.empty(blocks), torch.empty(256 * blocks), torch.full((256 * blocks,), torch.nan)
+    padded = torch.cat([values, torch.zeros(256 * blocks - count)])
+    adamw8bit.encode(name, padded, codes, scales, work)
+    adamw8bit.decode(name, codes, scales, back, work)
+    assert not back[count:].any()
+    return codes, scales, back[:count]
+
+
 def test_codes_give_values_back_within_their_tolerance() -> None:
     """Between neighbouring codes c lie 2 c / 127^2 of the block's largest value, and 4 c^3 / 255^4 of it: half of that is the error."""
-    values = torch.randn(64 * 256, generator=torch.Generator().manual_seed(0)) ** 3
-    codes, scales = adamw8bit.quantize_signed(values)
-    assert (codes.dtype, len(scales)) == (torch.int8, 64)
-    shares = (adamw8bit.dequantize_signed(codes, scales) - values).view(64, 256) / scales.unsqueeze(1)
-    assert shares.abs().max() <= 1 / 127
+    values = torch.randn(64 * 256 - 100, generator=torch.Generator().manual_seed(0)) ** 3
+    codes, scales, back = coded("exp_avg", values)
+    each = scales.repeat_interleave(256)[: len(values)]
+    torch.testing.assert_close(scales[0], values[:256].abs().max())
+    assert ((back - values).abs() / each).max() <= 1.001 / 127
     squares = values.square()
-    codes, scales = adamw8bit.quantize_positive(squares)
+    codes, scales, back = coded("exp_avg_sq", squares)
     assert int(codes.min()) >= 1
-    back = adamw8bit.dequantize_positive(codes, scales)
-    large = squares > scales.repeat_interleave(256) * (50 / 255) ** 4
+    large = squares > each**2 * (50 / 255) ** 4
     torch.testing.assert_close(back[large], squares[large], rtol=4.1 * 0.5 / 50, atol=0.0)
 
 
-def test_the_largest_value_of_a_block_and_zero_are_kept_exactly() -> None:
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1.0, 1e30])
+def test_the_largest_value_of_a_block_and_zero_are_kept(name: str, size: float) -> None:
     values = torch.zeros(256)
-    values[7] = -3.7
-    codes, scales = adamw8bit.quantize_signed(values)
-    assert torch.equal(adamw8bit.dequantize_signed(codes, scales), values)
-    nothing = adamw8bit.quantize_signed(torch.zeros(256))
-    assert torch.equal(adamw8bit.dequantize_signed(*nothing), torch.zeros(256))
+    values[7] = size
+    _, _, back = coded(name, values)
+    torch.testing.assert_close(back[7], values[7], rtol=1e-6, atol=1e-29)
+    assert back[:7].abs().max() <= max(size, 1e-28) * 3e-10
 
 
 @pytest.mark.parametrize("shape", [(100,), (5000,), (70, 60), (600, 700)])
@@ -148,6 +160,32 @@ def test_state_goes_round_bit_for_bit(in_backward: bool) -> None:
     assert expected.keys() == got.keys()
     for name, array in expected.items():
         np.testing.assert_array_equal(array, got[name], err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_own_state_dict_goes_round_bit_for_bit(dtype: torch.dtype) -> None:
+    def gradients() -> list[torch.Tensor]:
+        return [torch.randn(5000, generator=generator).to(dtype) for _ in range(3)]
+
+    generator = torch.Generator().manual_seed(3)
+    weights = [nn.Parameter(torch.ones(5000, dtype=dtype)) for _ in range(2)]
+    first, second = (AdamW8bit([weight]) for weight in weights)
+
+    def run(weight: nn.Parameter, optimizer: AdamW8bit, given: list[torch.Tensor]) -> None:
+        for gradient in given:
+            weight.grad = gradient.clone()
+            optimizer.step()
+
+    run(weights[0], first, gradients())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    weights[1].data.copy_(weights[0].data)
+    kinds = {name: value.dtype for name, value in second.state[weights[1]].items()}
+    assert kinds["exp_avg_codes"] == torch.int8
+    assert kinds["exp_avg_scales"] == torch.float32
+    more = gradients()
+    run(weights[0], first, more)
+    run(weights[1], second, more)
+    assert torch.equal(*weights)
 
 
 def test_moments_of_a_running_adamw_are_taken_over() -> None:

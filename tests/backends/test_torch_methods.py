@@ -311,6 +311,23 @@ def test_a_gradient_that_is_completed_twice_is_refused() -> None:
         made.step(batch((6,), 0, np.float32), 1.0)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "rmsprop"])
+def test_a_weight_that_is_overwritten_before_its_last_use_raises(optimizer: str) -> None:
+    """Silently, its new values would enter the gradients of what lies before."""
+
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.twice, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.twice(torch.tanh(nn.functional.linear(self.first(x), self.twice.weight.detach()))))
+
+    recipe = Recipe(optimizer=optimizer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        session("dropout", plan(optimizer_in_backward={}), model=Detached, recipe=recipe).step(batch((6,), 0, np.float32), 1.0)
+
+
 def test_methods_exclude_each_other_in_words() -> None:
     both = {"optimizer_in_backward": {}, "micro_batch": {"rows": 2}}
     assert "last part" in methods.conflicts(both)[0]

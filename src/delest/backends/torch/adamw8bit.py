@@ -15,46 +15,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from delest import errors
 from delest.methods.optimizer_state import BLOCK, LEAST
 
 _PIECE = 1 << 18  # elements that are in fp32 at once
 _PIECES = 32  # at most so many of one tensor
-_TINY = torch.finfo(torch.float32).tiny
+_TOP = {"exp_avg": 127.0**2, "exp_avg_sq": 255.0**4}  # what the largest code stands for, before the scale
+_LEAST_SCALE = 1e-28  # of a block of zeros; the quotient of the two must be a finite fp32
 
 
-def quantize_signed(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (int8) and scales [blocks] (fp32) of `values` [blocks * BLOCK] (fp32); off by at most scale / 127."""
-    blocks = values.view(-1, BLOCK)
-    scales = blocks.abs().amax(1)
-    shares = blocks / scales.clamp_min(_TINY).unsqueeze(1)
-    return shares.abs().sqrt_().mul_(127).round_().copysign_(shares).to(torch.int8).view(-1), scales
+def encode(name: str, values: Tensor, codes: Tensor, scales: Tensor, work: Tensor) -> None:
+    """Write the codes [N] and scales [blocks] of a moment's `values` [blocks * BLOCK] (fp32), with `work` as room for as many."""
+    blocks, rounded = values.view(-1, BLOCK), work.view(-1, BLOCK)
+    torch.abs(blocks, out=rounded)
+    scales.copy_(rounded.amax(1).clamp_min_(_LEAST_SCALE))
+    rounded.mul_((_TOP[name] / scales).unsqueeze(1)).sqrt_()
+    if name == "exp_avg":
+        rounded.round_().copysign_(blocks)
+    else:  # no code is 0, so that no update is divided by nothing
+        rounded.sqrt_().round_().clamp_(min=1)
+    codes.copy_(work[: len(codes)])
 
 
-def dequantize_signed(codes: Tensor, scales: Tensor) -> Tensor:
-    roots = codes.to(torch.float32).div_(127)
-    return (roots * roots.abs()).view(-1, BLOCK).mul_(scales.unsqueeze(1)).view(-1)
-
-
-def quantize_positive(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (uint8) and scales of `values` >= 0. None is 0, so that no update is divided by nothing."""
-    blocks = values.view(-1, BLOCK)
-    scales = blocks.amax(1)
-    roots = (blocks / scales.clamp_min(_TINY).unsqueeze(1)).sqrt_().sqrt_().mul_(255).round_().clamp_(min=1)
-    return roots.to(torch.uint8).view(-1), scales
-
-
-def dequantize_positive(codes: Tensor, scales: Tensor) -> Tensor:
-    return codes.to(torch.float32).div_(255).square_().square_().view(-1, BLOCK).mul_(scales.unsqueeze(1)).view(-1)
+def decode(name: str, codes: Tensor, scales: Tensor, values: Tensor, work: Tensor) -> None:
+    """Write into `values` [blocks * BLOCK] (fp32) what codes [N] and scales [blocks] stand for, zeros after the last."""
+    values[len(codes) :].zero_()
+    values[: len(codes)].copy_(codes)
+    if name == "exp_avg":
+        values.mul_(torch.abs(values, out=work))
+    else:
+        values.square_().square_()
+    values.view(-1, BLOCK).mul_((scales / _TOP[name]).unsqueeze(1))
 
 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with decoupled weight decay; tensors below `methods.optimizer_state.LEAST` elements keep fp32 moments.
 
-    Blocks follow a parameter's order in memory. Large tensors are updated in pieces: temporaries take some 20 bytes for each of
-    the 262,144 elements of a piece, or of a 32nd of the tensor where that is more.
+    Blocks follow a parameter's order in memory. Large tensors are updated in pieces: temporaries take 12 bytes for each of the
+    262,144 elements of a piece, or of a 32nd of the tensor where that is more.
     """
 
     def __init__(
@@ -82,9 +81,20 @@ class AdamW8bit(torch.optim.Optimizer):
             if name in mine:
                 mine[name].copy_(state[name])
                 continue
-            flat = _flat(_laid_out_like(state[name], parameter)).to(torch.float32)
-            for start, stop in _pieces(flat.numel()):
-                _store(mine, name, _padded(flat[start:stop]), start, stop)
+            flat, codes, scales = _flat(_laid_out_like(state[name], parameter)), mine[f"{name}_codes"], mine[f"{name}_scales"]
+            for piece, blocks in _pieces(len(flat)):
+                values, work = (flat.new_zeros(_whole(piece), dtype=torch.float32) for _ in range(2))
+                values[: piece.stop - piece.start].copy_(flat[piece])
+                encode(name, values, codes[piece], scales[blocks], work)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which however turns all state into the parameters' type: codes and scales keep theirs."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        own = [parameter for group in self.param_groups for parameter in group["params"]]
+        for parameter, number in zip(own, numbers, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                self.state[parameter][name] = value.to(parameter.device, copy=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -109,16 +119,40 @@ class AdamW8bit(torch.optim.Optimizer):
         first, second = group["betas"]
         size, root = group["lr"] / (1 - first**steps), (1 - second**steps).sqrt()
         weights, gradients = _flat(parameter), _flat(_laid_out_like(gradient, parameter))
-        for start, stop in _pieces(weights.numel()):
-            new = gradients[start:stop].to(torch.float32)
-            momentum = _moment(state, "exp_avg", start, stop).lerp_(new, 1 - first)
-            variance = _moment(state, "exp_avg_sq", start, stop).mul_(second).addcmul_(new, new, value=1 - second)
-            if "exp_avg" not in state:
-                _store(state, "exp_avg", _padded(momentum), start, stop)
-                _store(state, "exp_avg_sq", _padded(variance), start, stop)
-            update = momentum.mul(size).div_(variance.sqrt().div_(root).add_(group["eps"]))
-            part = weights[start:stop]
-            part.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.to(part.dtype))
+        pieces = _pieces(len(weights))
+        work = tuple(weights.new_empty(_whole(pieces[0][0]), dtype=torch.float32) for _ in range(3)) if pieces else ()
+        for piece, blocks in pieces:
+            part, new = weights[piece], gradients[piece].to(torch.float32)
+            momentum, variance = _advanced(state, piece, blocks, new, group["betas"], work)
+            part.mul_(1 - group["lr"] * group["weight_decay"])
+            # m / (sqrt(v) / root + eps), both sides times root
+            part.sub_(momentum.mul_(size * root).div_(variance.sqrt_().add_(group["eps"] * root)))
+
+
+def _advanced(
+    state: dict[str, Any], piece: slice, blocks: slice, new: Tensor, betas: tuple[float, float], work: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """Moments of a piece with the gradient `new` in them, in fp32 for the caller to overwrite; the state has them too."""
+    found = []
+    room = work[2][: _whole(piece)]
+    for name, beta, values in zip(_TOP, betas, work, strict=False):
+        moment = values[: _whole(piece)]
+        kept = _flat(state[name])[piece] if name in state else None
+        if kept is None:
+            decode(name, state[f"{name}_codes"][piece], state[f"{name}_scales"][blocks], moment, room)
+        else:
+            moment[: len(new)].copy_(kept)
+        active = moment[: len(new)]
+        if name == "exp_avg":
+            active.lerp_(new, 1 - beta)
+        else:
+            active.mul_(beta).addcmul_(new, new, value=1 - beta)
+        if kept is None:
+            encode(name, moment, state[f"{name}_codes"][piece], state[f"{name}_scales"][blocks], room)
+        else:
+            kept.copy_(active)
+        found.append(active)
+    return found[0], found[1]
 
 
 def _zero(parameter: Tensor) -> dict[str, Any]:
@@ -133,10 +167,16 @@ def _zero(parameter: Tensor) -> dict[str, Any]:
     return state
 
 
-def _pieces(count: int) -> list[tuple[int, int]]:
-    """Ranges of whole blocks, the last one's rest excepted."""
+def _pieces(count: int) -> list[tuple[slice, slice]]:
+    """Elements and blocks of each piece: whole blocks, the last one's rest excepted."""
     length = max(_PIECE, -(-count // (_PIECES * BLOCK)) * BLOCK)
-    return [(start, min(start + length, count)) for start in range(0, count, length)]
+    ranges = [(start, min(start + length, count)) for start in range(0, count, length)]
+    return [(slice(start, stop), slice(start // BLOCK, -(-stop // BLOCK))) for start, stop in ranges]
+
+
+def _whole(piece: slice) -> int:
+    """Elements of a piece and of the rest of its last block."""
+    return -(-(piece.stop - piece.start) // BLOCK) * BLOCK
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -149,24 +189,3 @@ def _flat(tensor: Tensor) -> Tensor:
 
 def _laid_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return tensor if tensor.stride() == parameter.stride() else torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
-
-
-def _padded(values: Tensor) -> Tensor:
-    rest = -len(values) % BLOCK
-    return functional.pad(values, (0, rest)) if rest else values
-
-
-def _moment(state: dict[str, Any], name: str, start: int, stop: int) -> Tensor:
-    """A piece of a moment in fp32: the state's own where it is kept so, else decoded."""
-    if name in state:
-        return _flat(state[name])[start:stop]
-    decode = dequantize_signed if name == "exp_avg" else dequantize_positive
-    codes = _padded(state[f"{name}_codes"][start:stop])
-    return decode(codes, state[f"{name}_scales"][start // BLOCK : -(-stop // BLOCK)])[: stop - start]
-
-
-def _store(state: dict[str, Any], name: str, values: Tensor, start: int, stop: int) -> None:
-    encode = quantize_signed if name == "exp_avg" else quantize_positive
-    codes, scales = encode(values)
-    state[f"{name}_codes"][start:stop].copy_(codes[: stop - start])
-    state[f"{name}_scales"][start // BLOCK : -(-stop // BLOCK)].copy_(scales)

@@ -51,7 +51,9 @@ class Recorder(TorchDispatchMode):
         self._handles: list[Any] = []
         self._forward_from = 0
         self._model = model
+        self._owners: dict[int, str] = {}  # of parameters
         if model is not None:
+            self._owners = {id(one): name.rpartition(".")[0] for name, one in model.named_parameters()}
             self._names = {id(module): name for name, module in model.named_modules()}
 
     # What is where
@@ -165,9 +167,7 @@ class Recorder(TorchDispatchMode):
     def updating(self, parameter: Tensor) -> Iterator[bool]:
         """An update inside the backward pass, right after the parameter's gradient; gives whether updates are wanted."""
         if self._updates:
-            owners = ((name, one) for name, one in self._model.named_parameters()) if self._model is not None else ()
-            name = next((name for name, one in owners if one is parameter), "")
-            self.register([parameter.grad] if parameter.grad is not None else [], "gradients", name.rpartition(".")[0])
+            self.register([] if parameter.grad is None else [parameter.grad], "gradients", self._owners.get(id(parameter), ""))
         before = self.phase
         self.phase = "update" if self._updates else before
         try:

@@ -39,6 +39,8 @@ class Updates:
     """Updates of a training's parameters inside its backward pass.
 
     `begin` comes before the backward pass of a step's last part, `finish` after it. State and settings stay the optimizers'.
+    Where the backward pass still needs a weight that is updated (a model that also uses it detached), torch raises a
+    `RuntimeError`; inside a module that is run again by checkpointing it does not see that.
     """
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]):
@@ -99,6 +101,9 @@ class Updates:
             self._steps[i]()
         finally:
             optimizer.param_groups = groups
+        # Fused optimizers leave the version as it is, by which autograd sees that what it kept was overwritten: a model that
+        # also uses its weights detached would get wrong gradients instead of torch's error.
+        torch.autograd.graph.increment_version(parameter)
         parameter.grad = None
 
 
