@@ -175,7 +175,8 @@ def train_briefly(
     resume: bool = False,
     kill_at: int | None = None,
 ) -> dict[str, Any]:
-    """Train a job for a few steps in a folder, with a checkpoint after each; called through `delest.processes`.
+    """Train a job for a few steps in a folder, with a checkpoint after each; called through `delest.processes`. Nothing guards
+    its memory: what a guard splits depends on what is free at the moment.
 
     With `kill_at` SIGKILL ends this process after so many steps, before the last of them is saved. Returns `steps`,
     `epoch_steps`, `resumed_from` (the step of the checkpoint, None where there was none) and the digest `sha256`.
