@@ -299,4 +299,5 @@ def test_bf16_runs_under_autocast() -> None:
     x, y = batch(0)
     applied.step((x.float(), y))
     assert seen == [torch.bfloat16]
+    assert "applied.precision()" in applied.changes[0]
     assert all(parameter.dtype == torch.float32 for parameter in net.parameters())

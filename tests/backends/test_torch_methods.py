@@ -116,6 +116,17 @@ def test_fifty_steps_in_double_precision_agree(name: str, chosen: str) -> None:
         np.testing.assert_allclose(other.weights()[key], array, rtol=1e-9, atol=1e-9, err_msg=key)
 
 
+@pytest.mark.parametrize("name", ["dropout", "batch-norm"])
+def test_bitwise_methods_are_so_under_autocast(name: str) -> None:
+    half = {"precision": {"dtype": "bf16"}}
+    modules = {"activation_checkpointing": {"modules": MODELS[name][3]}}
+    plain, losses = trained(name, plan(**half), 10)
+    other, same = trained(name, plan(**half, **modules, optimizer_in_backward={}), 10)
+    assert same == losses
+    for key, array in plain.weights().items():
+        np.testing.assert_array_equal(array, other.weights()[key], err_msg=key)
+
+
 # Checkpointing
 
 

@@ -145,6 +145,12 @@ def _call(model: nn.Module, inputs: Any) -> Any:
     return call(model, tuple(inputs) if isinstance(inputs, list) else inputs)
 
 
+_NOTES = {  # what a loop body of one's own must know
+    "precision": "; in a loop body of your own inside `with applied.precision():`",
+    "optimizer_in_backward": "; after a step no gradients are left to clip or to log",
+}
+
+
 def _changes(plan: Plan, given: torch.optim.Optimizer, now: torch.optim.Optimizer) -> tuple[str, ...]:
     lines = [f"threads: torch.set_num_threads({plan.threads})"] if plan.threads else []
     for name, config in techniques.configs(plan).items():
@@ -152,7 +158,7 @@ def _changes(plan: Plan, given: torch.optim.Optimizer, now: torch.optim.Optimize
         line = f"{name}: {settings}" if settings else name
         if techniques.named(name).STAGE == "process":
             line += "; not yet applied, it must act before the process starts: delest exec plan.json -- python train.py"
-        lines.append(line)
+        lines.append(line + _NOTES.get(name, ""))
     if now is not given:
         lines.append(f"optimizer: a new {type(now).__name__} in place of the {type(given).__name__}, same groups and settings")
     return tuple(lines)
