@@ -213,6 +213,13 @@ def test_modules_that_cannot_be_checkpointed_are_named_together() -> None:
     with pytest.raises(errors.BadInput, match="ModuleList, has no forward of its own"):
         session("dropout", plan(activation_checkpointing={"modules": ["parts"]}), model=listed)
 
+    def twice() -> nn.Module:
+        layer = nn.Linear(6, 6)
+        return nn.Sequential(layer, layer, nn.Linear(6, 3))
+
+    with pytest.raises(errors.BadInput, match="the same module is named twice"):
+        session("dropout", plan(activation_checkpointing={"modules": ["0", "1"]}), model=twice)
+
 
 def test_checkpointing_does_not_load_the_compiler() -> None:
     import subprocess

@@ -53,6 +53,11 @@ def _modules(model: nn.Module, names: list[str]) -> list[nn.Module]:
         for name, module in found.items()
         if isinstance(module.forward, Recomputed)
     ]
+    faults += [
+        f"the module {name!r} is scripted: name modules before torch.jit.script."
+        for name, module in found.items()
+        if isinstance(module, torch.jit.ScriptModule)
+    ]
     if not names:
         faults.append("checkpointing was chosen without a module.")
     if len({id(module) for module in found.values()}) < len(names) and not faults:
