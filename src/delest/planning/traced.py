@@ -17,7 +17,7 @@ from delest import errors, methods
 from delest.footprint import heap
 from delest.footprint.composition import Lives
 from delest.footprint.time import StepTime, operator_seconds, scale, step_time
-from delest.planning.checkpoints import Block, choose_blocks, find_blocks
+from delest.planning.blocks import Block, choose_blocks, find_blocks
 from delest.planning.request import EXACT, SLACK_BYTES, Request, make_choice
 from delest.records.footprint import Footprint
 from delest.records.hardware import Roofline

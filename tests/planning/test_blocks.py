@@ -11,7 +11,7 @@ from torch import nn
 
 from delest.backends.torch.loops import ModuleLoop, Program
 from delest.backends.torch.trace import trace_loop
-from delest.planning.checkpoints import Block, choose_blocks, find_blocks
+from delest.planning.blocks import Block, choose_blocks, find_blocks
 
 
 class Layer(nn.Module):
