@@ -4,7 +4,8 @@
 
 Budgets go from what the plain step is expected to need down to the smallest that is said to work. Each training makes forty steps, is
 interrupted after its first checkpoint and resumed, evaluated and saved. When a process has loaded everything and its job's data, and has
-its plan, its limit is set from outside, hard: RLIMIT_DATA of VmData + budget - VmRSS - 16 MiB. The high-water mark of its resident set is read at the end.
+its plan, its limit is set from outside: RLIMIT_DATA of VmData + budget - VmRSS - 16 MiB, which the guard derives anew after each failure, as address space
+that a failed step leaves behind is no memory. What counts is the high-water mark of its resident set, which is read at the end.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def run(name: str, budget: int, folder: Path, how: str, *, interrupt: bool) -> d
     )
     sizes = {key: int(value.split()[0]) << 10 for key, value in status.items()}
     limit = sizes["VmData"] + budget - sizes["VmRSS"] - TOUCHED_LATER_BYTES
-    resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, limit))
+    resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
     process.stdin.write("go\n")
     process.stdin.flush()
     if interrupt:
