@@ -23,6 +23,9 @@ class Session(Protocol):
     def most_parts(self) -> int:
         """The largest useful `parts`: more would leave a micro-batch fewer rows than the model can take."""
 
+    def warm(self) -> None:
+        """Start what a first step starts besides its tensors, so that a limit on memory can be set after it."""
+
     def step(self, batch: Batch, rate: float) -> Step:
         """One optimizer step. `rate` in [0, 1] multiplies every parameter group's own base rate.
 

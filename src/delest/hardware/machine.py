@@ -70,11 +70,21 @@ def data_and_resident_bytes() -> tuple[int, int] | None:
     return (sizes["VmData"], sizes["VmRSS"]) if "VmData" in sizes else None
 
 
+_ARENA_MAX = -8  # of mallopt(3)
+
+
 def give_back_unused() -> None:
     """Have glibc give back free memory inside its heap; other C libraries keep theirs."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def share_one_heap() -> None:
+    """Have glibc give threads that start from now on the heap that is there: one of their own could not use what is free in it."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_ARENA_MAX, 1)
 
 
 def reset_peak() -> bool:

@@ -14,11 +14,12 @@ import re
 import resource
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delest import errors
-from delest.hardware.machine import data_and_resident_bytes, give_back_unused, resident_bytes
+from delest.hardware.machine import data_and_resident_bytes, give_back_unused, resident_bytes, share_one_heap
 from delest.training.growth import Growth, GrowthWatch
 from delest.units import format_bytes
 
@@ -65,6 +66,7 @@ class Guard:
         self._watch: _Watch | None = None
         self._growth: GrowthWatch | None = None
         self._owner = ""
+        self._thread: ThreadPoolExecutor | None = None
         self._spared, self._eased_at = 0, -PATIENCE
 
     @contextlib.contextmanager
@@ -78,6 +80,8 @@ class Guard:
             return
         self.budget_bytes, self._growth = budget_bytes, GrowthWatch(budget_bytes)
         self._watch = _Watch(budget_bytes)
+        share_one_heap()
+        self.session.warm()
         with self._watch.running():
             try:
                 yield
@@ -85,6 +89,9 @@ class Guard:
                 raise self._too_small(_Failure("reading", str(error))) from None
             finally:
                 self._watch = None
+                if self._thread is not None:
+                    self._thread.shutdown()
+                    self._thread = None
 
     def attempt(
         self, work: Callable[[], Result], decisions: Decisions, position: Position, *, evaluating: bool = False
@@ -102,7 +109,7 @@ class Guard:
         while True:
             self._watch.highest_bytes = 0
             try:
-                result = work()
+                result = work() if self._thread is None else self._thread.submit(work).result()
             except (errors.OutOfMemory, MemoryError) as error:
                 failure = _failure(error, evaluating)
             else:
@@ -116,6 +123,22 @@ class Guard:
             if not again:
                 self.split(decisions, position, failure)
             self._watch.begin_anew(widen=again)
+            self._change_thread()
+
+    def _change_thread(self) -> None:
+        """Go on in another thread: oneDNN's code generator (Xbyak) remembers for each thread that an allocation failed, and then
+        makes no kernel for any new shape in it."""
+        assert self._watch is not None
+        if self._thread is not None:
+            self._thread.shutdown()
+        with self._watch.lifted():
+            self._thread = ThreadPoolExecutor(1, "memory-guard-work")
+            self._thread.submit(self.session.warm).result()
+
+    def make_room(self) -> None:
+        """Before something other than a step that takes memory: what steps have freed is given back, and the limit set for what is left."""
+        if self._watch is not None:
+            self._watch.begin_anew(widen=True)
 
     def follow(self, decisions: Decisions, position: Position, *, evaluating: bool = False) -> bool:
         """Split as the interrupted run did before this very step or evaluation; whether it did."""
@@ -237,6 +260,25 @@ class _Watch:
         self._read(widen=widen)
         give_back_unused()
         self.highest_bytes = 0
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Without the limit, which is as much wider afterwards as address space was taken meanwhile: for stacks of threads, of which
+        hardly any is touched."""
+        sizes = data_and_resident_bytes()
+        if sizes is None:
+            yield
+            return
+        with self._lock:
+            before, hard = sizes[0], resource.getrlimit(resource.RLIMIT_DATA)[1]
+            resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+            try:
+                yield
+            finally:
+                after = data_and_resident_bytes()
+                wider = self._limit + max(0, (after[0] if after else before) - before)
+                self._limit = wider if hard == resource.RLIM_INFINITY else min(wider, hard)
+                resource.setrlimit(resource.RLIMIT_DATA, (self._limit, hard))
 
     def _run(self) -> None:
         while not self._done.is_set():

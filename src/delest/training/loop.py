@@ -293,6 +293,7 @@ class Trainer:
         if not self.saving:
             return True
         p.parts = self.session.parts
+        self.guard.make_room()
         state = self.session.state()
         weights = {name.removeprefix("model."): array for name, array in state.arrays.items() if name.startswith("model.")}
         if fault := _not_finite(weights):

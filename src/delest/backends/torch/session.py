@@ -95,7 +95,7 @@ class TorchSession:
             for update in self._updates:
                 update()
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not _is_out_of_memory(error, self.guarded):
                 raise
             self._restore(before)
             begun = self.updates is not None and self.updates.begun
@@ -113,6 +113,10 @@ class TorchSession:
         normalises over the batch."""
         rows = math.ceil(self.job.batch_size / self.parts)
         return min(math.ceil(count / rows), max(1, count // self._least_rows))
+
+    def warm(self) -> None:
+        """Start the threads of parallel operators, whose stacks take address space: OpenMP ends the process where it cannot."""
+        torch.ones(1 << 18, device=self.device).exp()
 
     @property
     def most_parts(self) -> int:
@@ -155,7 +159,7 @@ class TorchSession:
     def outputs(self, feed: Any) -> Iterator[Outputs]:
         """Evaluation mode over `feed.ordered()`; random state is left as it was. Raises `OutOfMemory`."""
         rows = min(self.evaluation_rows, math.ceil(self.job.batch_size / self.parts))
-        with self._evaluating(), _memory_reported("evaluation"):
+        with self._evaluating(), _memory_reported("evaluation", self.guarded):
             for batch in feed.ordered():
                 yield from (self._judge(part) for part in _split(self.tensors(batch), -(-batch.count // rows)))
 
@@ -350,12 +354,12 @@ def _numpy(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _memory_reported(phase: str) -> Iterator[None]:
+def _memory_reported(phase: str, guarded: bool) -> Iterator[None]:
     """Turn an allocation that failed into `OutOfMemory`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not _is_out_of_memory(error, guarded):
             raise
         raise errors.OutOfMemory(phase, _first_line(error)) from error
 
@@ -364,9 +368,15 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "")
 
 
-def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+_NO_MEMORY = ("DefaultCPUAllocator", "could not create a memory", "bad_alloc")
+# oneDNN's words for memory that it could not get, as for much else: believed where a limit is held.
+_NO_MEMORY_UNDER_LIMIT = ("could not create a primitive", "could not execute a primitive")
+
+
+def _is_out_of_memory(error: RuntimeError | MemoryError, guarded: bool) -> bool:
     """CUDA has a class for it, Python and NumPy have one; on a CPU torch raises a plain RuntimeError with these words."""
     words = str(error)
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in words or "could not create a memory" in words
+    known = _NO_MEMORY + (_NO_MEMORY_UNDER_LIMIT if guarded else ())
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "descriptor" not in words and any(some in words for some in known)
+    )
