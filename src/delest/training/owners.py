@@ -107,6 +107,8 @@ def _is_tensor(value: Any) -> bool:
 def _storage(value: Any) -> tuple[int, int]:
     """Where the memory lies that an array or tensor keeps, and its bytes: a view keeps the whole."""
     try:
+        if hasattr(value, "fake_mode"):  # of a trace: shapes without memory
+            return id(value), 0
         if _is_tensor(value):
             storage = value.untyped_storage()
             return storage.data_ptr(), storage.nbytes()
