@@ -301,3 +301,27 @@ def test_bf16_runs_under_autocast() -> None:
     assert seen == [torch.bfloat16]
     assert "applied.precision()" in applied.changes[0]
     assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (nn.CrossEntropyLoss(reduction="sum"), "reduction='sum'"),
+        (nn.CrossEntropyLoss(reduction="none"), "reduction='none'"),
+        (nn.CrossEntropyLoss, "is a class"),
+    ],
+)
+def test_a_loss_that_is_no_mean_over_rows_is_refused(loss, said):
+    model = nn.Linear(4, 2)
+    plan = Plan(batch_size=8, micro_batch=8, threads=1)
+    with pytest.raises(errors.BadInput, match=said):
+        delest.apply(plan, model, torch.optim.SGD(model.parameters(), lr=0.1), loss)
+
+
+def test_class_weights_under_micro_batches_are_warned_of():
+    model = nn.Linear(4, 2)
+    choice = Choice(method="micro_batch", config={"rows": 4}, keeps="rounding", why="")
+    plan = Plan(choices=(choice,), batch_size=8, micro_batch=4, threads=1)
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9.0]))
+    with pytest.warns(errors.DelestWarning, match="weighs classes"):
+        delest.apply(plan, model, torch.optim.SGD(model.parameters(), lr=0.1), loss)

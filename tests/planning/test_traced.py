@@ -192,27 +192,27 @@ def test_a_plan_that_was_traced_again_is_what_it_says(smallest):
 def test_batches_that_are_normalised_are_not_split_where_exact_ones_are_asked_for():
     model = functools.partial(Network, normalised=True)
     with pytest.raises(errors.NothingFits, match=f"{BATCH} rows at a time"):
-        choose(request(125, model=model, normalised=True, exact=True))
-    plan, _ = choose(request(190, model=model, normalised=True, exact=True))
+        choose(request(149, model=model, normalised=True, exact=True))
+    plan, _ = choose(request(214, model=model, normalised=True, exact=True))
     assert plan.micro_batch == BATCH
 
 
 def test_a_clipped_gradient_is_never_used_in_the_backward_pass():
-    plan, _ = choose(request(150, clip=1.0))
+    plan, _ = choose(request(174, clip=1.0))
     why = next(one.why for one in plan.rejected if one.method == "optimizer_in_backward")
     assert "clipping" in why
     assert not any("optimizer_in_backward" in option.methods for option in plan.frontier)
 
 
 def test_a_model_without_blocks_says_so():
-    plan, _ = choose(request(150, model=Flat))
+    plan, _ = choose(request(174, model=Flat))
     assert "no blocks" in next(one.why for one in plan.rejected if one.method == "activation_checkpointing")
 
 
 def test_only_a_plain_step_that_does_not_fit_is_traced():
     assert search.choose(request(10_000)).choices == ()
-    assert search.choose(request(130)) is None
-    wanted = request(150)
+    assert search.choose(request(154)) is None
+    wanted = request(174)
     retrace = tracer(wanted.job)
     assert search.choose(wanted, lambda: (retrace, ROOFLINE)).choices
     assert retrace.traces

@@ -12,7 +12,7 @@ from delest.records.plan import Choice
 
 EXACT = ("bitwise", "rounding")  # what leaves the mathematics as it is
 MARGIN = 0.10  # of what training adds: a step's resident set varies by 6 % between processes (docs/log.md)
-MARGIN_BYTES = 24 << 20
+MARGIN_BYTES = 48 << 20  # 24 for chance, 16 that the guard holds back, 8 that a training starts higher than its plan's process
 SLACK_BYTES = 8 << 20  # a process that asks again starts a few MiB higher or lower
 
 

@@ -285,7 +285,7 @@ def _option(candidate: Candidate, request: Request) -> Option:
         peak_bytes=request.idle_bytes + int(candidate.grown_bytes),
         step_seconds=candidate.seconds,
         fits=candidate.grown_bytes <= request.most_grown_bytes,
-        keeps=_keeps(candidate, request),
+        keeps=max((*(choice.keeps for choice in candidate.choices), _keeps(candidate, request)), key=_ORDER.index),
     )
 
 
@@ -328,9 +328,7 @@ def _rejections(found: Candidate, candidates: Sequence[Candidate], request: Requ
                 method=name, why=f"does not fit even with it: {format_bytes(request.high_bytes(least.grown_bytes))}"
             )
         elif _keeps(fitting[0], request) not in EXACT and _keeps(found, request) in EXACT:
-            yield Rejection(
-                method=name, why=f"it changes the results ({_keeps(fitting[0], request)}), and a plan that does not fits"
-            )
+            yield Rejection(method=name, why="it changes the results, and another plan fits that leaves them as they are")
         else:
             pace = f"{format_seconds(fitting[0].seconds)} a step against {format_seconds(found.seconds)}"
             yield Rejection(method=name, why=f"the fastest plan with it that fits is expected to take {pace}")
@@ -347,11 +345,13 @@ _NOT_HERE = {
 def _keeps(candidate: Candidate, request: Request) -> Any:
     """What a combination does to the mathematics: the most that one of its methods does. What the probe chose for speed is not counted
     here: it was chosen before."""
-    order = ("bitwise", "rounding", "distribution", "changed")
     keeps = [choice.keeps for choice in candidate.choices if choice.method in _AGAIN]
     if candidate.rows < request.job.batch_size:
         keeps.append(make_choice("micro_batch", {"rows": candidate.rows}, request.probe, "").keeps)
-    return max(keeps, key=order.index, default="bitwise")
+    return max(keeps, key=_ORDER.index, default="bitwise")
+
+
+_ORDER = ("bitwise", "rounding", "distribution", "changed")
 
 
 def _nothing(candidates: Sequence[Candidate], judge: Judge, retrace: Retrace) -> errors.NothingFits:
@@ -361,7 +361,7 @@ def _nothing(candidates: Sequence[Candidate], judge: Judge, retrace: Retrace) ->
     words = ", ".join(choice.method for choice in least.choices) or "no other method"
     return errors.NothingFits(
         f"nothing fits {format_bytes(request.budget_bytes)}: the least that was found is up to {format_bytes(smallest)}, of which the "
-        f"libraries alone take {format_bytes(request.idle_bytes)} ({least.rows} rows at a time, {words}; "
+        f"libraries alone take {format_bytes(request.idle_bytes)} ({least.rows} row{'s' * (least.rows > 1)} at a time, {words}; "
         f"{format_seconds(least.seconds)} a step). The smallest budget that works is --memory {math.ceil(smallest / 2**20)}MiB.",
         smallest,
     )

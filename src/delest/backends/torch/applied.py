@@ -29,7 +29,7 @@ class Applied:
     """
 
     def __init__(self, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor] | None):
-        self.model, self.loss = model, loss
+        self.model, self.loss = model, _checked(loss)
         self.optimizers = [optimizer]
         self.memory_format: torch.memory_format | None = None
         self.autocast: torch.dtype | None = None
@@ -50,6 +50,14 @@ class Applied:
                 f"the model normalises over the batch, which it now sees in parts of {self.rows} rows, so that results change. Keep "
                 "that, freeze those layers with eval(), put nn.GroupNorm in their place, or plan with a larger budget so that "
                 "the batch stays whole.",
+                errors.DelestWarning,
+                stacklevel=3,
+            )
+
+        if self.rows is not None and getattr(loss, "weight", None) is not None:
+            warnings.warn(
+                "the loss weighs classes, and its mean is over their weights, while parts of a batch are weighted by rows: gradients "
+                "differ from the whole batch's. Use a loss without weights, or plan with a larger budget so that the batch stays whole.",
                 errors.DelestWarning,
                 stacklevel=3,
             )
@@ -137,6 +145,18 @@ class Applied:
         if wanted is None:
             return value
         return _mapped(value, lambda one: one.contiguous(memory_format=wanted) if one.ndim == 4 else one)
+
+
+def _checked(loss: Any) -> Any:
+    """The loss, where it is a mean over rows, as parts are weighted. Raises `BadInput` for another reduction and for a class."""
+    if isinstance(loss, type):
+        raise errors.BadInput(f"the loss {loss.__name__} is a class: give an instance, as in loss={loss.__name__}().")
+    reduction = getattr(loss, "reduction", "mean")
+    if reduction != "mean":
+        raise errors.BadInput(
+            f"the loss has reduction={reduction!r}, but parts of a batch are weighted as means over rows: use reduction='mean'."
+        )
+    return loss
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
