@@ -2,10 +2,11 @@
 
     python benchmarks/plan.py [--only JOB] [--minutes N]
 
-Budgets go from what the plain step is expected to need down to the smallest that is said to work. Each training makes forty steps, is
-interrupted after its first checkpoint and resumed, evaluated and saved. When a process has loaded everything and its job's data, and has
-its plan, its limit is set from outside: RLIMIT_DATA of VmData + budget - VmRSS - 16 MiB, which the guard derives anew after each failure, as address space
-that a failed step leaves behind is no memory. What counts is the high-water mark of its resident set, which is read at the end.
+Budgets go from what the plain step is expected to need down to the smallest that is said to work. Each training makes forty steps,
+is interrupted after its first checkpoint and resumed, evaluated and saved. When a process has loaded everything and its job's data, and
+has its plan, its limit is set from outside: RLIMIT_DATA of VmData + budget - VmRSS - 16 MiB, which the guard derives anew after each
+failure, as address space that a failed step leaves behind is no memory. What counts is the high-water mark of its resident set, which
+is read at the end.
 """
 
 from __future__ import annotations

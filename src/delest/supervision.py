@@ -93,7 +93,7 @@ def _has_budget(given: list[str]) -> bool:
             folders = [Path(out)] if out is not None else [path.parent for path in runs.ROOT.glob("*/plan.json")]
             return any(_names_budget(folder / "plan.json") for folder in folders)
     except (errors.BadInput, OSError, ValueError, AttributeError):
-        pass
+        return False  # the run itself tells what is wrong
     return False
 
 

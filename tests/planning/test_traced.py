@@ -15,6 +15,7 @@ from delest.backends.torch.loops import JobLoop
 from delest.backends.torch.trace import trace_loop
 from delest.job import Job, Recipe
 from delest.planning import search, traced
+from delest.planning.candidates import Judge
 from delest.planning.request import EXACT, SLACK_BYTES, Request
 from delest.records.batch import Batch
 from delest.records.hardware import Roofline
@@ -184,7 +185,7 @@ def test_a_plan_that_was_traced_again_is_what_it_says(smallest):
     plan, retrace = choose(wanted)
     names = plan.config("activation_checkpointing")["modules"]
     assert set(names) <= {f"layers.{k}" for k in range(LAYERS)}
-    judge = traced.Judge(retrace(()), wanted, ROOFLINE)
+    judge = Judge(retrace(()), wanted, ROOFLINE)
     again = retrace(tuple(choice for choice in plan.choices if choice.method != "micro_batch"))
     assert plan.predicted.peak_bytes == wanted.idle_bytes + int(judge.held_bytes(again, plan.micro_batch))
 

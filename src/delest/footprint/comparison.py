@@ -29,7 +29,7 @@ from delest.data import Feed, Preprocessing, open_job, split
 from delest.job import Job
 from delest.records.batch import Batch
 from delest.records.form import from_json, to_plain
-from delest.records.plan import Choice, Keeps, Plan
+from delest.records.plan import KEEPS, Choice, Keeps, Plan
 from delest.records.source import Schema
 from delest.records.verification import MethodCheck
 
@@ -39,7 +39,6 @@ WEIGHT_ROOM = 1e3  # times the tolerance, for weights
 FACTOR = 2.0  # within which the mean loss of a method that changes the mathematics must stay
 SPREAD = 10.0  # times as far as the plain step comes apart from itself, where it does
 TOGETHER = "all together"
-_WEAKEST: tuple[Keeps, ...] = ("bitwise", "rounding", "distribution", "changed")
 
 
 def compare(
@@ -83,7 +82,7 @@ class Comparison:
         for choice in choices:
             yield self.compare(choice.method, choice.keeps, (choice,))
         if len(choices) > 1:
-            yield self.compare(TOGETHER, max((choice.keeps for choice in choices), key=_WEAKEST.index), choices)
+            yield self.compare(TOGETHER, max((choice.keeps for choice in choices), key=KEEPS.index), choices)
 
     def compare(self, name: str, keeps: Keeps, choices: tuple[Choice, ...]) -> MethodCheck:
         """How the steps with these choices stand beside the plain ones. Raises `OutOfMemory` and what plain steps raise."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -26,10 +27,8 @@ def choose(request: Request, tracing: Callable[[], tuple[Retrace, Roofline]] | N
     if plain.high_bytes <= request.budget_bytes:
         return probed.choose(request, faster, rejected)
     if (plain.step_seconds or 0.0) < SHORT_STEP_SECONDS and not (request.exact and request.probe["batch_statistics"]):
-        try:
+        with contextlib.suppress(errors.NothingFits):  # traces know more than to split the batch
             return probed.choose(request, faster, rejected)
-        except errors.NothingFits:
-            pass
     if tracing is None:
         return None
     plan = traced.choose(request, tuple(faster), *tracing())

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from delest.records.footprint import Footprint
 
 Keeps = Literal["bitwise", "rounding", "distribution", "changed"]
+KEEPS: tuple[Keeps, ...] = ("bitwise", "rounding", "distribution", "changed")  # from the least change to the largest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,174 @@
+"""Combinations of methods with the bytes and seconds that they are expected to take, by arithmetic on one trace of the plain step."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from delest import methods
+from delest.footprint import heap
+from delest.footprint.composition import Lives
+from delest.footprint.time import StepTime, operator_seconds, scale, step_time
+from delest.planning.blocks import Block, choose_blocks, find_blocks
+from delest.planning.request import Request, make_choice
+from delest.records.hardware import Roofline
+from delest.records.plan import KEEPS, Choice, Keeps
+from delest.records.trace import Trace
+
+ALLOCATOR = "exact"  # live tensors alone: the probe says what a process holds beyond them
+STATE_SHARE = 0.26  # of fp32 moments, in 8 bits with a scale for each 256 of them
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A combination of methods at a number of rows, with what it would take."""
+
+    choices: tuple[Choice, ...]  # without micro_batch
+    rows: int
+    grown_bytes: float  # above the idle process, at the peak
+    seconds: float  # a step on the whole batch
+
+    def uses(self, method: str) -> bool:
+        return any(choice.method == method for choice in self.choices)
+
+
+class Judge:
+    """Bytes and seconds of a trace, scaled by what real steps took."""
+
+    def __init__(self, plain: Trace, request: Request, roofline: Roofline):
+        self.request, self.roofline = request, roofline
+        sample = request.probe["samples"][-1]
+        rows = sample["rows"]
+        grown = max(sample[phase] for phase in ("first", "steady", "evaluation"))
+        self.ratio = max(1.0, grown / max(1, self._live(plain, rows, rows)))
+        self._heap_ratio = max(1.0, grown / max(1, self._held(plain, rows, rows)))
+        self._probe_seconds: float = sample["seconds"]
+        self._probe_time = self._time(plain, rows, 1)
+
+    def bytes(self, trace: Trace, rows: int) -> float:
+        """Above the idle process, at the peak of a step on the whole batch in parts of `rows`."""
+        return self.ratio * self._live(trace, rows, self.request.job.batch_size)
+
+    def held_bytes(self, trace: Trace, rows: int) -> float:
+        """The same with the allocator's own share as its replay has it: smaller blocks than the probe's wait in its heap for reuse."""
+        held = self._heap_ratio * self._held(trace, rows, self.request.job.batch_size)
+        return max(held, self.bytes(trace, rows))
+
+    def seconds(self, trace: Trace, rows: int) -> float:
+        """Of a step on the whole batch in parts of `rows`."""
+        return scale(
+            self._probe_seconds, self._probe_time, self._time(trace, rows, math.ceil(self.request.job.batch_size / rows))
+        )
+
+    def recomputing(self, blocks: Sequence[Block], names: Sequence[str], parts: int) -> float:
+        """Seconds that recomputing these blocks adds to a step."""
+        factor = self._probe_seconds / self._probe_time.seconds
+        return factor * parts * sum(block.seconds for block in blocks if block.name in names)
+
+    def blocks(self, trace: Trace, rows: int) -> list[Block]:
+        """The trace's blocks with bytes as this process would hold them; seconds as the roofline has them."""
+        seconds = operator_seconds(trace, self.roofline, rows=rows, allocator=ALLOCATOR)
+        return [replace(block, saved_bytes=int(self.ratio * block.saved_bytes)) for block in find_blocks(trace, seconds, rows)]
+
+    def _time(self, trace: Trace, rows: int, parts: int) -> StepTime:
+        return step_time(trace, self.roofline, rows=rows, parts=parts, allocator=ALLOCATOR)
+
+    def _live(self, trace: Trace, rows: int, batch: int) -> int:
+        return max(Lives(trace, rows=rows, evaluation_rows=rows, split=rows < batch).totals())
+
+    def _held(self, trace: Trace, rows: int, batch: int) -> int:
+        if not heap.is_here():
+            return self._live(trace, rows, batch)
+        return max(heap.hold(Lives(trace, rows=rows, evaluation_rows=rows, split=rows < batch, resident=True))[1])
+
+
+def all_candidates(plain: Trace, base: tuple[Choice, ...], judge: Judge) -> list[Candidate]:
+    """Every combination at every number of parts, with as few blocks recomputed as the budget asks for, and with all of them."""
+    request, found = judge.request, []
+    for configs in _combinations(request):
+        trace = plain
+        for name in configs:
+            trace = REWRITES[name](trace)
+        chosen = (*base, *(make_choice(name, config, request.probe, "") for name, config in configs.items()))
+        whole = bool(methods.conflicts({**configs, "micro_batch": {"rows": 1}}))
+        for parts in [1] if whole else _part_counts(request):
+            rows = math.ceil(request.job.batch_size / parts)
+            grown, seconds = judge.bytes(trace, rows), judge.seconds(trace, rows)
+            found.append(Candidate(chosen, rows, grown, seconds))
+            blocks = judge.blocks(trace, rows)
+            wanted = {choose_blocks(blocks, grown - request.most_grown_bytes), tuple(block.name for block in blocks)}
+            for recomputed in sorted(names for names in wanted if names):
+                saved = [block.saved_bytes for block in blocks if block.name in recomputed]
+                found.append(
+                    Candidate(
+                        (*chosen, _checkpoints(recomputed, request.probe)),
+                        rows,
+                        grown - (sum(saved) - max(saved)),
+                        seconds + judge.recomputing(blocks, recomputed, parts),
+                    )
+                )
+    return sorted(found, key=lambda one: one.seconds)
+
+
+def _combinations(request: Request) -> Iterator[dict[str, dict[str, Any]]]:
+    """Methods that go together with each other and with the recipe, with their configurations; first none."""
+    recipe = methods.of_recipe(request.job.recipe)
+    for count in range(len(CONFIGS) + 1):
+        for names in itertools.combinations(CONFIGS, count):
+            configs = {name: CONFIGS[name] for name in names}
+            if not methods.conflicts(configs, recipe):
+                yield configs
+
+
+def _part_counts(request: Request) -> list[int]:
+    """1 to 8, then in steps of a half or a third, up to the fewest rows that a part may have."""
+    most = max(1, request.job.batch_size // request.least_rows)
+    return sorted(
+        {count for k in range(12) for count in (2**k, 3 * 2**k) if count <= most} | {min(most, n) for n in (5, 7)} | {most}
+    )
+
+
+def keeps_of(candidate: Candidate, request: Request) -> Keeps:
+    """What a combination does to the mathematics: the most that one of its methods does. What the probe chose for speed is not counted
+    here: it was chosen before."""
+    keeps = [choice.keeps for choice in candidate.choices if choice.method in _AGAIN]
+    if candidate.rows < request.job.batch_size:
+        keeps.append(make_choice("micro_batch", {"rows": candidate.rows}, request.probe, "").keeps)
+    return max(keeps, key=KEEPS.index, default="bitwise")
+
+
+# Rewriting a trace: what a method does to it, near enough to rank combinations
+
+
+def _in_backward(trace: Trace) -> Trace:
+    """Each gradient is gone once its parameter is updated, right after it was made."""
+    storages = trace.storages
+    dies = [
+        min(dies, born + 2) if category == "gradients" else dies
+        for born, dies, category in zip(storages.born, storages.dies, storages.category, strict=True)
+    ]
+    return replace(trace, storages=replace(storages, dies=dies))
+
+
+def _in_eight_bits(trace: Trace) -> Trace:
+    storages = trace.storages
+    sizes = [
+        size * STATE_SHARE if category == "optimizer" and size > 4 * 4096 else size
+        for size, category in zip(storages.fixed_bytes, storages.category, strict=True)
+    ]
+    return replace(trace, storages=replace(storages, fixed_bytes=sizes))
+
+
+REWRITES: Mapping[str, Callable[[Trace], Trace]] = {
+    "optimizer_in_backward": _in_backward,
+    "optimizer_state": _in_eight_bits,
+}
+CONFIGS: Mapping[str, dict[str, Any]] = {"optimizer_in_backward": {}, "optimizer_state": {"bits": 8}}
+_AGAIN = (*REWRITES, "activation_checkpointing")
+
+
+def _checkpoints(names: Sequence[str], probe: Mapping[str, Any]) -> Choice:
+    return make_choice("activation_checkpointing", {"modules": list(names)}, probe, "")
