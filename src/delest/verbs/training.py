@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 import time as clock
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,17 +167,11 @@ def restore(folder: Path, say: Progress, given: jobs.Job | None = None) -> Train
     return Trained(run, place, session)
 
 
-def read_weights(path: Path) -> dict[str, Any]:
+def read_weights(path: Path) -> Mapping[str, Any]:
     """Arrays of a safetensors file. Raises `BadInput` where it is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from delest.tensors import Arrays
 
-    if not path.is_file():
-        raise errors.BadInput(f"{path} does not exist: it should be a safetensors file with the model's weights.")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise errors.BadInput(f"{path} is no intact safetensors file ({error}).") from None
+    return Arrays(path)
 
 
 def check_same_data(folder: Path, place: Workplace) -> None:
@@ -344,7 +339,7 @@ def _finished(run: Run, trainer: Trainer, status: Any, measured: Footprint | Non
     return run
 
 
-def digest(weights: dict[str, Any]) -> str:
+def digest(weights: Mapping[str, Any]) -> str:
     """SHA-256 of weights: names, types, shapes and bytes, in the order of names."""
     import numpy as np
 
@@ -352,5 +347,5 @@ def digest(weights: dict[str, Any]) -> str:
     for name in sorted(weights):
         array = np.ascontiguousarray(weights[name])
         total.update(f"{name} {array.dtype} {array.shape}".encode())
-        total.update(array.tobytes())
+        total.update(array.reshape(-1).view(np.uint8).data)
     return total.hexdigest()
