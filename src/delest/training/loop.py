@@ -123,6 +123,15 @@ class Trainer:
             self.progress.training_finished()
         self._restore_best()
 
+    def test(self) -> dict[str, float]:
+        """What the session scores on the test split, by metric; nothing where there is none. Guarded as steps are."""
+        if self.test_feed is None or not len(self.test_feed):
+            return {}
+        with self.guard.watching(self.limits.memory_bytes):
+            work = lambda: evaluate(self.session, self.test_feed, self.metric)  # noqa: E731
+            result = self.guard.attempt(work, self.decisions, self.position, evaluating=True)
+        return result.metrics(self.metric)
+
     def _train(self) -> None:
         self._saved = time.monotonic()
         if not self.position.step:
@@ -132,7 +141,10 @@ class Trainer:
             if p.step and (p.row == 0 or p.step >= p.total_steps) and p.evaluated_step < p.step:
                 self._evaluate()
             elif p.step < p.total_steps:
-                self._run_epoch()
+                try:
+                    self._run_epoch()
+                except MemoryError as error:  # as when a batch was read: the feed goes on from where it stood
+                    self.guard.read_again(error)
             else:
                 break
 

@@ -29,6 +29,10 @@ class TorchSession:
     def __init__(self, job: Job, plan: Plan, schema: Schema):
         if plan.threads:
             torch.set_num_threads(plan.threads)
+        with _memory_reported("start", plan.memory_bytes is not None):
+            self._build(job, plan, schema)
+
+    def _build(self, job: Job, plan: Plan, schema: Schema) -> None:
         randomness.seed_all(job.seed)
         self.job, self.schema = job, schema
         self.device = torch.device(plan.device)
@@ -239,7 +243,11 @@ class TorchSession:
         return State(arrays, {"numbers": numbers})
 
     def load(self, state: State) -> None:
-        """Take up a state; raises `BadInput` where it belongs to another model or optimizer."""
+        """Take up a state; raises `BadInput` where it belongs to another model or optimizer, `OutOfMemory`."""
+        with _memory_reported("resuming", self.guarded):
+            self._load(state)
+
+    def _load(self, state: State) -> None:
         self.load_weights(Under(state.arrays, "model."))
         randomness.restore(dict(Under(state.arrays, "random.")))
         for i, optimizer in enumerate(self.optimizers):
