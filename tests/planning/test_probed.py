@@ -27,7 +27,8 @@ def probe(**changes):
         "batch_statistics": False,
         "parameters": 10,
         "weights_bytes": 4 * MIB,
-        "state_bytes": 12 * MIB,
+        "largest_bytes": 4 * MIB,
+        "busy": "",
         "device": "cpu",
     }
     return {**base, **changes}

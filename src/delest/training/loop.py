@@ -103,7 +103,10 @@ class Trainer:
         self.position = Position(**position)
         self.session.parts = max(self.session.parts, self.position.parts)
         if (path / "best.safetensors").exists():
-            with storage.written_atomically(self.folder / "best.safetensors") as file, open(path / "best.safetensors", "rb") as best:
+            with (
+                storage.written_atomically(self.folder / "best.safetensors") as file,
+                open(path / "best.safetensors", "rb") as best,
+            ):
                 shutil.copyfileobj(best, file)
         rows = [row for row in storage.read_lines(self.folder / "metrics.jsonl") if row["step"] <= self.position.step]
         storage.write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -17,13 +17,12 @@ from delest.records.form import read_json, read_object
 from delest.records.plan import Plan
 from delest.records.run import Best, Run
 from delest.training import limit
-from delest.verbs.look import plan_workplace
+from delest.verbs.look import plan_as_given, plan_workplace
 from delest.verbs.preview import train_preview
 from delest.verbs.workplace import (
     Workplace,
     backend,
     build_trainer,
-    given_plan,
     guarded_bytes,
     open_workplace,
     preprocessing_json,
@@ -225,7 +224,7 @@ def _plan(place: Workplace, settings: Settings, folder: Path, say: Progress) -> 
     given = settings.plan
     if given is None:
         return plan_workplace(place, memory=settings.memory, device=settings.device, threads=settings.threads, say=say)
-    return given_plan(place, given, {name: getattr(settings, name) for name in ("memory", "device", "threads")})
+    return plan_as_given(place, given, {name: getattr(settings, name) for name in ("memory", "device", "threads")}, say)
 
 
 def _start_folder(folder: Path, place: Workplace, plan: Plan, session: Any, settings: Settings) -> Path:
