@@ -62,10 +62,10 @@ def made_for(place: Workplace, here: Hardware) -> dict[str, str]:
 
 
 def _code_of_job() -> Iterator[str]:
-    """Files of the modules that were loaded from anywhere but Python, its packages and delest."""
+    """Files of the modules that were loaded from anywhere but Python, its packages and delest; the script that asks is not among them."""
     elsewhere = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-    for module in list(sys.modules.values()):
-        path = getattr(module, "__file__", None)
+    for name, module in list(sys.modules.items()):
+        path = None if name == "__main__" else getattr(module, "__file__", None)
         if isinstance(path, str) and not path.startswith((*elsewhere, str(Path(__file__).parents[1]))):
             yield path
 

@@ -160,12 +160,13 @@ def _chosen_on_traces(place: Workplace, request: Request, asked: dict[str, Any],
 
 def _idle_bytes(place: Workplace, probe: dict[str, Any]) -> int:
     """What a process holds that has opened the data and made a step, before it trains: the child's, and what this one holds beyond
-    another that has opened the same."""
+    another that has opened the same, in steps, so that who asks again gets the same answer."""
     from delest.hardware import machine
 
     if probe["device"] != "cpu" or place.job.origin is None:  # on the device, or probed in this process
         return int(probe["idle_bytes"])
-    return int(probe["idle_bytes"]) + max(0, machine.resident_bytes() - probe["opened_bytes"] - STARTS_HIGHER_BYTES)
+    more = machine.resident_bytes() - probe["opened_bytes"]
+    return int(probe["idle_bytes"]) + max(0, more // STARTS_HIGHER_BYTES) * STARTS_HIGHER_BYTES
 
 
 def _check_budget(budget: int | None, probe: dict[str, Any], here: Hardware) -> None:
