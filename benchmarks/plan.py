@@ -23,6 +23,8 @@ from typing import Any
 
 import results_file
 
+from delest import storage
+
 sys.path.insert(0, str(results_file.HERE))
 JOBS = ("mlp", "cnn", "resnet18", "mobile", "dense", "modern", "vit", "encoder", "language", "lstm", "waves", "coder")
 SHARES = (1.0, 0.6, 0.3, 0.0)  # of the way from the smallest budget to the plain step's
@@ -34,8 +36,15 @@ LIMIT_SECONDS = 600.0
 
 def measure(name: str, out: Path) -> dict[str, Any]:
     """One row: a job at its four budgets."""
-    plain, smallest = find_budgets(name)
-    row: dict[str, Any] = {"row": name, "plain_bytes": plain, "smallest_bytes": smallest, "runs": []}
+    forget_plans()
+    plain, smallest, seconds = find_budgets(name)
+    row: dict[str, Any] = {
+        "row": name,
+        "plain_bytes": plain,
+        "smallest_bytes": smallest,
+        "planning_seconds": seconds,
+        "runs": [],
+    }
     for share in SHARES:
         budget = int(max(smallest * ROOM, smallest + share * (plain - smallest)))
         row["runs"].append({"share": share, "budget_bytes": budget, **train(name, budget, out / f"{name}-{share:g}")})
@@ -49,23 +58,30 @@ def measure(name: str, out: Path) -> dict[str, Any]:
     return row
 
 
-def find_budgets(name: str) -> tuple[int, int]:
-    """What the plain step needs at the most, and the smallest budget that is said to work, bytes."""
+def forget_plans() -> None:
+    """Plans of earlier invocations, so that planning is timed whole; what was measured of the machine stays."""
+    for path in storage.cache_folder("probes").glob("job-*"):
+        path.unlink()
+
+
+def find_budgets(name: str) -> tuple[int, int, float]:
+    """What the plain step needs at the most, and the smallest budget that is said to work, bytes; seconds that planning both took."""
     code = (
-        "import json, sys, delest\n"
+        "import json, sys, time, delest\n"
         "from delest import errors, job as jobs\n"
         "from delest.backends.torch import TorchBackend\n"
         f"loaded = jobs.load({str(results_file.HERE / 'plan_jobs.py') + ':' + name!r})\n"
         "TorchBackend().warm()\n"
+        "started = time.perf_counter()\n"
         "plain = delest.plan(loaded).plain.high_bytes\n"
         "try:\n"
         "    delest.plan(loaded, memory=64 << 20)\n"
         "except errors.NothingFits as error:\n"
-        "    print(json.dumps([plain, error.smallest_bytes]))\n"
+        "    print(json.dumps([plain, error.smallest_bytes, time.perf_counter() - started]))\n"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=True)
-    plain, smallest = json.loads(answer.stdout.splitlines()[-1])
-    return plain, smallest
+    plain, smallest, seconds = json.loads(answer.stdout.splitlines()[-1])
+    return plain, smallest, seconds
 
 
 def train(name: str, budget: int, folder: Path) -> dict[str, Any]:
@@ -98,7 +114,12 @@ def run(name: str, budget: int, folder: Path, how: str, *, interrupt: bool) -> d
     process.stdin.flush()
     if interrupt:
         _interrupt(process, folder)
-    answer, said = process.communicate(timeout=LIMIT_SECONDS)
+    try:
+        answer, said = process.communicate(timeout=LIMIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return {"ended": f"not within {LIMIT_SECONDS:g} s", "peak_bytes": 0}
     lines = [line for line in answer.splitlines() if line.startswith("{")]
     if not lines:
         return {"ended": f"status {process.returncode}", "words": said.strip()[-400:], "peak_bytes": 0}
@@ -117,7 +138,7 @@ def _interrupt(process: subprocess.Popen[str], folder: Path) -> None:
 
 def bounds_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     runs = [run for row in rows for run in row["runs"]]
-    planning = [run["planning_seconds"] for run in runs if "planning_seconds" in run]
+    planning = [one["planning_seconds"] for one in (*rows, *runs) if "planning_seconds" in one]
     return [
         results_file.bound_at_most("trainings that did not end well", sum(run["ended"] != "done" for run in runs), 0),
         results_file.bound_at_most(

@@ -15,7 +15,7 @@ import delest
 from delest.cli import COMMANDS
 
 PACKAGE = Path(delest.__file__).parent
-FLOOR = {"errors", "records", "metrics", "job", "storage", "processes", "units", "runs", "supervision"}
+FLOOR = {"errors", "records", "metrics", "job", "storage", "processes", "units", "runs", "supervision", "tensors"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "records": {"errors"},
@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "job": {"errors", "records", "metrics"},
     "storage": {"errors", "records"},
     "processes": {"errors", "job"},
+    "tensors": {"errors"},
     "runs": {"errors", "job", "records", "storage"},
     "supervision": {"errors", "runs", "storage", "units"},
     "hardware": FLOOR,

@@ -7,6 +7,7 @@ line ends with (see "Exit status" in docs/architecture.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class DelestWarning(UserWarning):
@@ -56,16 +57,16 @@ class DiskFull(BadInput):
 
 
 class NothingFits(DelestError):
-    """No plan keeps within the memory budget; `smallest_bytes` is the least budget that would do."""
+    """No plan keeps within the memory budget; `smallest_bytes` is the least budget that would do, `plan` the JSON of the plan for it."""
 
     exit_status = 3
 
-    def __init__(self, message: str, smallest_bytes: int | None = None):
+    def __init__(self, message: str, smallest_bytes: int | None = None, plan: dict[str, Any] | None = None):
         super().__init__(message)
-        self.smallest_bytes = smallest_bytes
+        self.smallest_bytes, self.plan = smallest_bytes, plan
 
     def fields(self) -> dict[str, object]:
-        return {"message": str(self), "smallest_bytes": self.smallest_bytes}
+        return {"message": str(self), "smallest_bytes": self.smallest_bytes, "plan": self.plan}
 
 
 class OutOfMemory(DelestError):

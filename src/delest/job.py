@@ -205,9 +205,10 @@ class Job:
         return described
 
 
-def rebuild(description: dict[str, Any]) -> Job:
-    """The job of `Job.describe()` in another process: code from its origin, plain fields from the description."""
-    base = load(description["origin"])
+def rebuild(description: dict[str, Any], loaded: Job | None = None) -> Job:
+    """The job of `Job.describe()` in another process: code from its origin, plain fields from the description. `loaded` is what its
+    origin gave where it was loaded already: its data are not made twice."""
+    base = loaded or load(description["origin"])
     changes: dict[str, Any] = {
         name: description[name]
         for name in ("target", "batch_size", "seed", "rows", "image_size", "skip_bad", "name", "origin", "set_by")

@@ -119,7 +119,7 @@ def job_of(folder: Path, given: jobs.Job | None = None) -> jobs.Job:
         if given is None:
             raise errors.BadInput(f"the job of {folder} was given as Python objects: pass it again to go on with this run.")
         return given
-    return jobs.rebuild(described)
+    return jobs.rebuild(described, given if given is not None and given.origin else None)
 
 
 def read(folder: Path) -> Run:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from delest import errors, runs, storage, units
 VARIABLE = "DELEST_SUPERVISED"  # names the file in which a command and the process of its run tell each other what they must
 CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS)
 TRIES = 6  # processes a run may take
+NEAR_BYTES = 8 << 20  # below its budget a run cannot come by allocations that the guard lets through
 _KEPT = ("--time", "--checkpoint-every")  # may be given anew; all else a run knows from its folder
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG, https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
 
@@ -35,7 +37,7 @@ def crash() -> str | None:
 def tell(folder: Path, budget_bytes: int | None) -> None:
     """Tell the command that supervises this process, if one does, which run can be gone on with and whether it has a budget."""
     if (path := _told()) is not None:
-        _write(path, {**_read(path), "folder": str(folder), "budget": budget_bytes is not None})
+        _write(path, {**_read(path), "folder": str(folder), "budget": budget_bytes})
 
 
 def supervise(given: list[str]) -> int | None:
@@ -52,21 +54,51 @@ def supervise(given: list[str]) -> int | None:
         _write(path, {})
         arguments = given
         for _ in range(TRIES):
-            code = _run_child(arguments, path)
+            kills = oom_kills()
+            code, peak = _run_child(arguments, path)
             if code >= 0 or -code not in CRASHES:
                 return code if code >= 0 else 128 - code
             told, how = _read(path), f"signal {-code}, {signal.strsignal(-code)}"
             if "folder" not in told:
                 raise errors.ProbeFailed(f"the run was ended ({how}) before it began: memory may have run out.", code)
-            if not told["budget"]:
+            if told["budget"] is None:
                 return 128 - code
-            _write(path, {**told, "crash": how})
+            memory = was_memory(-code, peak, told["budget"], oom_kills() > kills)
+            _write(path, {**told, "crash": how if memory else None})
             arguments = _go_on(given, told["folder"])
-            print(f"the process of the run was ended ({how}): going on from its last checkpoint", file=sys.stderr, flush=True)
+            why = (
+                "in smaller parts" if memory else f"as it was, since memory was not short (at most {units.format_bytes(peak)})"
+            )
+            print(
+                f"the process of the run was ended ({how}): going on from its last checkpoint {why}",
+                file=sys.stderr,
+                flush=True,
+            )
+    if not memory:
+        raise errors.ProbeFailed(
+            f"the run was ended {TRIES} times ({how}), though memory was not short: go on with {shlex.join(['delest', *arguments])}.",
+            code,
+        )
     raise errors.NothingFits(
         f"the run was ended {TRIES} times ({how}), each time in smaller parts. What is saved is in {told['folder']}: "
         "start a new run with a larger --memory, or a smaller model."
     )
+
+
+def was_memory(number: int, peak_bytes: int, budget_bytes: int, killed_for_memory: bool) -> bool:
+    """Whether memory is why a signal ended a run. Code of libraries that got none ends in any of them but SIGKILL, which comes from the
+    system, and then it counts that, or from somebody else."""
+    return number != signal.SIGKILL or killed_for_memory or peak_bytes > budget_bytes - NEAR_BYTES
+
+
+def oom_kills(root: Path = Path("/")) -> int:
+    """Processes that the system has killed for memory since it started, in any control group; 0 where it does not tell
+    (https://docs.kernel.org/filesystems/proc.html, vmstat)."""
+    try:
+        counted = (line.split() for line in (root / "proc/vmstat").read_text().splitlines())
+        return next((int(words[1]) for words in counted if words[0] == "oom_kill"), 0)
+    except OSError:
+        return 0
 
 
 def _told() -> Path | None:
@@ -116,8 +148,8 @@ def _go_on(given: list[str], folder: str) -> list[str]:
     return [given[0], "--resume", "--out", folder, *kept, *(flag for flag in ("--json", "--quiet") if flag in given)]
 
 
-def _run_child(arguments: list[str], told: Path) -> int:
-    """Its exit status, negative for the signal that ended it. It writes to this process's own output."""
+def _run_child(arguments: list[str], told: Path) -> tuple[int, int]:
+    """Its exit status, negative for the signal that ended it, and the most that it held, bytes. It writes to this process's own output."""
     prctl = ctypes.CDLL(None).prctl
     with _handed_on() as (children, waiting):
         process = subprocess.Popen(
@@ -129,7 +161,9 @@ def _run_child(arguments: list[str], told: Path) -> int:
         children.append(process)
         for number in waiting:
             process.send_signal(number)
-        return process.wait()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        return process.returncode, used.ru_maxrss << 10
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -346,8 +347,28 @@ def test_a_weight_that_is_overwritten_before_its_last_use_raises(optimizer: str)
         session("dropout", plan(optimizer_in_backward={}), model=Detached, recipe=recipe).step(batch((6,), 0, np.float32), 1.0)
 
 
+@pytest.mark.parametrize(
+    ("method", "config", "words"),
+    [
+        ("micro_batch", {}, "the choice micro_batch lacks config.rows: it should be a number of rows, 1 or more"),
+        ("micro_batch", {"rows": 0}, "the choice micro_batch has 0 as config.rows"),
+        ("micro_batch", {"rows": True}, "the choice micro_batch has True as config.rows"),
+        ("activation_checkpointing", {}, "lacks config.modules: it should be a list of module names"),
+        ("activation_checkpointing", {"modules": "0"}, "has '0' as config.modules"),
+        ("memory_format", {"format": "upside_down"}, 'config.format: it should be "channels_last"'),
+        ("precision", {}, 'lacks config.dtype: it should be "bf16"'),
+        ("optimizer_state", {"bits": 3}, "has 3 as config.bits: it should be 8"),
+    ],
+)
+def test_settings_that_are_missing_or_wrong_in_a_plan_are_named(method, config, words) -> None:
+    plan = Plan(batch_size=4, micro_batch=4, choices=(Choice(method=method, config=config, keeps="changed", why=""),))
+    with pytest.raises(errors.BadInput, match=re.escape(words)):
+        methods.configs(plan)
+
+
 def test_methods_exclude_each_other_in_words() -> None:
     both = {"optimizer_in_backward": {}, "micro_batch": {"rows": 2}}
+    assert methods.conflicts(both)[0].startswith("optimizer_in_backward excludes micro_batch: ")
     assert "last part" in methods.conflicts(both)[0]
     assert methods.conflicts({"activation_checkpointing": {"modules": ["1"]}, "micro_batch": {"rows": 2}}) == []
     for recipe, words in (

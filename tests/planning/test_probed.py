@@ -8,6 +8,8 @@ from delest import errors
 from delest.job import Job, Recipe
 from delest.planning import probed
 from delest.planning.request import SLACK_BYTES, Request
+from delest.records.form import from_json
+from delest.records.plan import Plan
 
 MIB = 1 << 20
 
@@ -27,7 +29,8 @@ def probe(**changes):
         "batch_statistics": False,
         "parameters": 10,
         "weights_bytes": 4 * MIB,
-        "state_bytes": 12 * MIB,
+        "largest_bytes": 4 * MIB,
+        "busy": "",
         "device": "cpu",
     }
     return {**base, **changes}
@@ -128,3 +131,32 @@ def test_what_changes_the_results_is_left_out_where_exact_ones_are_asked_for():
     plan = choose(10_000, figures, exact=True)
     assert plan.config("precision") is None
     assert "changes the results" in next(one.why for one in plan.rejected if one.method == "precision")
+
+
+def test_saving_and_resuming_take_the_largest_array_beside_what_is_built():
+    phases = probed.Costs(100 * MIB, probe()).phases(64, 128)
+    assert phases["saving"] == phases["start"] + 4 * MIB
+    assert phases["resuming"] == phases["start"] + 8 * MIB
+
+
+def test_batch_statistics_over_parts_are_noted_with_the_choices():
+    assert choose(10_000, probe(batch_statistics=True)).notes == ()
+    (note,) = choose(200, probe(batch_statistics=True)).notes
+    for words in ("rows of it at a time in place of 128", "--exact", "--memory", "--batch-size", "GroupNorm"):
+        assert words in note
+    assert choose(200).notes == ()
+
+
+def test_a_busy_machine_is_noted():
+    (note,) = choose(10_000, probe(busy="threads waited for a core in 60% of the time")).notes
+    assert "threads waited for a core in 60% of the time" in note
+    assert "Plan again" in note
+
+
+def test_where_nothing_fits_the_plan_for_the_smallest_budget_comes_with_it():
+    with pytest.raises(errors.NothingFits) as raised:
+        choose(120, probe(variants={"precision": {"plain": 1.0, "with": 2.0}}))
+    plan = from_json(Plan, raised.value.plan)
+    assert plan.memory_bytes == raised.value.smallest_bytes
+    assert plan.predicted.high_bytes <= plan.memory_bytes
+    assert "no gain here" in next(one.why for one in plan.rejected if one.method == "precision")

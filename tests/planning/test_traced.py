@@ -106,7 +106,8 @@ def request(budget_mib: float, *, model=Network, normalised=False, exact=False, 
         "batch_statistics": normalised,
         "base_bytes": 4 * MIB,
         "weights_bytes": 4 * MIB,
-        "state_bytes": 12 * MIB,
+        "largest_bytes": 4 * MIB,
+        "busy": "",
         "device": "cpu",
     }
     return Request(

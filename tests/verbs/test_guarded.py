@@ -110,17 +110,34 @@ def test_half_the_memory_that_it_takes_ends_in_the_same_losses(folder, free):
     assert run["measured"]["peak_bytes"] < budget + (8 << 20)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_run_that_is_killed_goes_on_in_smaller_parts(folder, free, roomy, number):
-    (folder / "kill").write_text(f"{int(number)} x x x x x x")  # at the seventh step
-    done = train(folder, "job.py", "--plan", "roomy.json", "--out", f"killed-{int(number)}")
+def test_a_run_that_crashes_goes_on_in_smaller_parts(folder, free, roomy):
+    (folder / "kill").write_text(f"{int(signal.SIGSEGV)} x x x x x x")  # at the seventh step
+    done = train(folder, "job.py", "--plan", "roomy.json", "--out", "crashed")
     assert done.returncode == 0, done.stderr
     run = json.loads(done.stdout)
     (line,) = run["decisions"]
     assert (line["kind"], line["phase"], line["parts"]) == ("split", "crash", 2)
-    assert f"signal {int(number)}" in line["why"]
-    assert "going on from its last checkpoint" in done.stderr
-    assert losses(folder / f"killed-{int(number)}")[-1] == pytest.approx(losses(folder / "free")[-1], rel=1e-4)
+    assert f"signal {int(signal.SIGSEGV)}" in line["why"]
+    assert "going on from its last checkpoint in smaller parts" in done.stderr
+    assert losses(folder / "crashed")[-1] == pytest.approx(losses(folder / "free")[-1], rel=1e-4)
+
+
+def test_a_run_that_somebody_kills_goes_on_as_it_was(folder, free, roomy):
+    (folder / "kill").write_text(f"{int(signal.SIGKILL)} x x x x x x")
+    done = train(folder, "job.py", "--plan", "roomy.json", "--out", "killed")
+    assert done.returncode == 0, done.stderr
+    run = json.loads(done.stdout)
+    assert run["decisions"] == []
+    assert "going on from its last checkpoint as it was, since memory was not short" in done.stderr
+    assert run["weights_sha256"] == free.weights_sha256
+
+
+def test_a_budget_that_does_not_hold_the_opened_data_is_told_before_anything_is_built(folder):
+    write_json(folder / "none.json", Plan(batch_size=64, micro_batch=64, threads=1, memory_bytes=64 << 20))
+    done = train(folder, "job.py", "--plan", "none.json", "--out", "none")
+    assert done.returncode == 3, done.stderr
+    assert "in use once the data were opened" in done.stderr
+    assert not (folder / "none").exists()
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -51,7 +51,7 @@ class Session(Protocol):
     def weights(self) -> dict[str, Any]:
         """Parameters and buffers by name, NumPy (bf16 as uint16)."""
 
-    def load_weights(self, arrays: dict[str, Any]) -> None: ...
+    def load_weights(self, arrays: Mapping[str, Any]) -> None: ...
 
     def parameters(self) -> int:
         """How many parameters the model has, frozen ones included."""

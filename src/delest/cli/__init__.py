@@ -77,6 +77,7 @@ def _terminated(number: int, frame: object) -> None:
 
 def _run(given: list[str], as_json: bool) -> tuple[int, str]:
     """Exit status and standard output of a command line; errors have been told on standard error."""
+    more: dict[str, Any] = {}
     try:
         if (status := supervision.supervise(given)) is not None:  # which has written all there is to say
             return status, ""
@@ -91,6 +92,8 @@ def _run(given: list[str], as_json: bool) -> tuple[int, str]:
         return 0, ""
     except errors.DelestError as error:
         kind, words, status = type(error).__name__, str(error), error.exit_status
+        if isinstance(error, errors.NothingFits):
+            more = {"smallest_bytes": error.smallest_bytes, "plan": error.plan}
         if _Terminated.received:
             kind, words, status = _WHEN_TERMINATED
     except _Terminated:
@@ -111,7 +114,7 @@ def _run(given: list[str], as_json: bool) -> tuple[int, str]:
         words = f"{error}\nThis is a fault of delest, or of code that it was given to run: the lines above say where."
         kind, status = type(error).__name__, errors.DelestError.exit_status
     print(f"error: {words}", file=sys.stderr)
-    told = {"error": {"kind": kind, "message": words, "exit_status": status}}
+    told = {"error": {"kind": kind, "message": words, "exit_status": status, **more}}
     return status, json.dumps(told, indent=2) + "\n" if as_json else ""
 
 

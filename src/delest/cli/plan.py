@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+from delest import errors
 from delest.cli import Answer, options
+from delest.records.form import from_json
+from delest.records.plan import Plan
 
 EXAMPLE = "delest plan examples/digits.py --memory 400MiB"
 BUDGET: options.Group = {
@@ -33,7 +37,14 @@ def plan(
     method = about.get("explain")
     explained = None if method is None else verbs.explain(method)
     found = options.read_job(job, changes)
-    plan = verbs.plan(found, say=verbs.progress(quiet=quiet), **options.read_training(budget))
-    if method is not None and explained is not None:
-        return Answer(plan, lambda: text.explained_text(plan, method, explained))
-    return Answer(plan, lambda: text.plan_text(plan))
+
+    def show(plan: Plan) -> str:
+        return text.plan_text(plan) if method is None else text.explained_text(plan, method, explained or "")
+
+    try:
+        plan = verbs.plan(found, say=verbs.progress(quiet=quiet), **options.read_training(budget))
+    except errors.NothingFits as error:
+        if error.plan is not None and not quiet:
+            print(f"with the smallest budget that works:\n\n{show(from_json(Plan, error.plan))}\n", file=sys.stderr)
+        raise
+    return Answer(plan, lambda: show(plan))

@@ -20,6 +20,7 @@ from delest.backends.torch.check import Single, check
 from delest.backends.torch.session import TorchSession
 from delest.data import Feed, Preprocessing, open_job
 from delest.hardware import machine, probes
+from delest.hardware.busyness import Busyness
 from delest.job import Job
 from delest.records.batch import Batch
 from delest.records.form import from_json
@@ -36,28 +37,40 @@ def examine(
 ) -> dict[str, Any]:
     """Check the job on two rows and probe its steps.
 
-    Returns `faults` (empty where all is well), `idle_bytes` (this process, warm, before the model), `base_bytes` (what
-    building the session added), `samples` (for each probed size: rows, growth over idle in bytes at the first step, at a
-    steady one, in evaluation; seconds a step), `variants` (seconds a step by method and setting), `batch_statistics`,
-    `parameters`, `state_bytes`, `weights_bytes`, `device`.
+    Returns `faults` (empty where all is well), `opened_bytes` (this process with the data opened), `idle_bytes` (the same, warm,
+    before the model), `base_bytes` (what building the session added), `samples` (for each probed size: rows, growth over idle in bytes at
+    the first step, at a steady one, in evaluation; seconds a step), `variants` (seconds a step by method and setting),
+    `batch_statistics`, `parameters`, `largest_bytes` (of an array of the state), `weights_bytes`, `device`, `device_memory_bytes` (None: it
+    is a processor), `busy` (where others kept the machine busy meanwhile: how that was seen, else empty).
     """
     torch.set_num_threads(threads)
     device = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     prepared = from_json(Preprocessing, preprocessing)
     source = open_job(job)
     whole = next(Feed(source, np.array(index), prepared, batch_size=len(index)).ordered())
+    _release()
+    opened = machine.resident_bytes()
     faults = check(job, source.schema, _first(whole, 2), _first(whole, 32))
     if faults or checked_only:
         return {"faults": faults}
-    result: dict[str, Any] = {"faults": [], "device": device, "samples": []}
+    memory = torch.cuda.mem_get_info()[1] if device == "cuda" else None
+    result: dict[str, Any] = {
+        "faults": [],
+        "device": device,
+        "device_memory_bytes": memory,
+        "samples": [],
+        "opened_bytes": opened,
+    }
     plain = Plan(batch_size=job.batch_size, micro_batch=job.batch_size, threads=threads, device=device)
     _release()
     result["idle_bytes"] = machine.resident_bytes()
+    busy = Busyness(threads)
     for rows in _sizes(job.batch_size, len(index)):
-        sample = _probe(job, plain, source.schema, _first(whole, rows), result)
+        sample = _probe(job, plain, source.schema, _first(whole, rows), result, busy)
         result["samples"].append(sample)
         if sample["seconds"] * job.batch_size / rows > LONGEST_STEP_SECONDS:
             break
+    result["busy"] = busy.words() if device == "cpu" else ""
     result["variants"] = _variants(job, plain, source.schema, _first(whole, min(len(index), 64)), threads)
     return result
 
@@ -68,7 +81,7 @@ def _sizes(batch_size: int, available: int) -> list[int]:
     return sorted({min(available, max(least, batch_size // 4)), min(available, max(least, batch_size // 2))})
 
 
-def _probe(job: Job, plan: Plan, schema: Schema, batch: Batch, result: dict[str, Any]) -> dict[str, Any]:
+def _probe(job: Job, plan: Plan, schema: Schema, batch: Batch, result: dict[str, Any], busy: Busyness) -> dict[str, Any]:
     idle = result["idle_bytes"]
     session = TorchSession(job, plan, schema)
     result["base_bytes"] = max(0, machine.resident_bytes() - idle)
@@ -77,15 +90,17 @@ def _probe(job: Job, plan: Plan, schema: Schema, batch: Batch, result: dict[str,
         isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in session.model.modules()
     )
     result["weights_bytes"] = sum(array.nbytes for array in session.weights().values())
-    result["state_bytes"] = sum(array.nbytes for array in session.state().arrays.values())
+    result["largest_bytes"] = max(array.nbytes for array in session.state().arrays.values())
     first, steady, seconds = 0, 0, []
     for number in range(STEPS):
         _reset_peak(plan.device)
         started = time.perf_counter()
-        float(session.step(batch, 1e-6).loss)
+        with busy.watched():
+            float(session.step(batch, 1e-6).loss)
         seconds.append(time.perf_counter() - started)
         peak = _peak(plan.device) - idle
         first, steady = (peak, steady) if number == 0 else (first, max(steady, peak))
+    busy.repeated(seconds[1:])
     _reset_peak(plan.device)
     for _ in session.outputs(Single(batch)):
         pass

@@ -6,6 +6,7 @@ Nothing here imports a framework. `delest.backends.torch.methods` holds a file o
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 Stage = Literal["process", "build", "wrap", "loss", "optimizer", "backward", "step"]
 Configs = Mapping[str, dict[str, Any]]  # by name
+Settings = Mapping[str, Any]  # what a config must hold: values to choose from, `int` (1 or more) or `list` (of names)
 NAMES = (  # in the order in which they are applied
     "memory_format",
     "precision",
@@ -31,6 +33,7 @@ class Method(Protocol):
     """A module of this room."""
 
     STAGE: Stage
+    SETTINGS: Settings
 
     def keeps(self, config: dict[str, Any], *, batch_statistics: bool) -> Keeps:
         """What the method does to the mathematics; `batch_statistics`: the model normalises over the batch."""
@@ -62,15 +65,46 @@ def conflicts(choices: Configs, settings: Configs | None = None) -> list[str]:
     everything = {**(settings or {}), **choices}
     found = []
     for name, config in choices.items():
-        others = {other: value for other, value in everything.items() if other != name}
-        reason = named(name).conflicts(config, others)
-        if reason is not None:
-            found.append(f"{name}: {reason}")
+        for other, value in everything.items():
+            reason = None if other == name else named(name).conflicts(config, {other: value})
+            if reason is not None:
+                found.append(f"{name} excludes {other}: {reason}")
     return found
 
 
+def faults(choices: Configs) -> list[str]:
+    """What is missing or wrong in the settings of chosen methods: a sentence each that names the setting."""
+    found = []
+    for name, config in choices.items():
+        for setting, kind in named(name).SETTINGS.items():
+            should = f"it should be {_kind_words(kind)}"
+            if setting not in config:
+                found.append(f"the choice {name} lacks config.{setting}: {should}.")
+            elif not _is_of(kind, config[setting]):
+                found.append(f"the choice {name} has {config[setting]!r} as config.{setting}: {should}.")
+    return found
+
+
+def _kind_words(kind: Any) -> str:
+    if isinstance(kind, tuple):
+        return " or ".join(json.dumps(value) for value in kind)
+    return "a number of rows, 1 or more" if kind is int else "a list of module names"
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    if isinstance(kind, tuple):
+        return value in kind
+    if kind is int:
+        return type(value) is int and value >= 1
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
 def configs(plan: Plan) -> dict[str, dict[str, Any]]:
-    """The configurations of a plan's choices by name, in the order in which they are applied; unknown names raise `BadInput`."""
+    """The configurations of a plan's choices by name, in the order in which they are applied; unknown names, and settings that are
+    missing or wrong, raise `BadInput`."""
     for choice in plan.choices:
         named(choice.method)
-    return {name: config for name in NAMES if (config := plan.config(name)) is not None}
+    found = {name: config for name in NAMES if (config := plan.config(name)) is not None}
+    if wrong := faults(found):
+        raise errors.BadInput(wrong)
+    return found

@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from delest.methods import Configs, Stage
+    from delest.methods import Configs, Settings, Stage
     from delest.records.plan import Keeps
 
 STAGE: Stage = "wrap"
+SETTINGS: Settings = {"modules": list}
 
 
 def keeps(config: dict[str, Any], *, batch_statistics: bool) -> Keeps:

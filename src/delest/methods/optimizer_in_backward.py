@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from delest.methods import Configs, Stage
+    from delest.methods import Configs, Settings, Stage
     from delest.records.plan import Keeps
 
 STAGE: Stage = "backward"
+SETTINGS: Settings = {}
 # Optimizers of torch.optim, and our own, that update every element from its own gradient and state alone.
 ELEMENTWISE = (
     "adadelta",

@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from delest.methods import Configs, Stage
+    from delest.methods import Configs, Settings, Stage
     from delest.records.plan import Keeps
 
 STAGE: Stage = "optimizer"
+SETTINGS: Settings = {"bits": (8,)}
 BLOCK = 256  # elements that share a scale
 LEAST = 4096  # elements; the moments of smaller tensors stay in fp32, as in section 2 of the source
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from delest import methods
 from delest.planning.candidates import CONFIGS, REWRITES, Candidate, Judge, keeps_of
-from delest.planning.request import EXACT, Request, make_choice
+from delest.planning.request import EXACT, Request, make_choice, notes
 from delest.records.footprint import Footprint
 from delest.records.plan import KEEPS, Choice, Option, Plan, Rejection
 from delest.records.trace import Trace
@@ -41,6 +41,7 @@ def account_for(
         frontier=_frontier(candidates, request),
         considered=considered,
         code="\n".join(methods.named(choice.method).code(choice.config) for choice in choices),
+        notes=notes(request, found.rows),
     )
 
 

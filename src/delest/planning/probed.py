@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from delest import errors, methods
-from delest.planning.request import EXACT, MARGIN, MARGIN_BYTES, SLACK_BYTES, Request, make_choice
+from delest.planning.request import EXACT, MARGIN, MARGIN_BYTES, SLACK_BYTES, Request, make_choice, notes
 from delest.records.footprint import Footprint
+from delest.records.form import to_json
 from delest.records.plan import Choice, Plan, Rejection
 from delest.units import format_bytes, format_seconds
 
@@ -32,7 +33,8 @@ class Costs:
             "first_step": self.idle_bytes + self._line("first", rows) + added,
             "steady_step": self.idle_bytes + self._line("steady", rows) + added,
             "evaluation": self.idle_bytes + self._line("evaluation", rows),
-            "saving": start + 2 * self.probe["state_bytes"],
+            "saving": start + self.probe["largest_bytes"],
+            "resuming": start + 2 * self.probe["largest_bytes"],
         }
 
     def _line(self, name: str, rows: int) -> int:
@@ -94,11 +96,13 @@ def choose(request: Request, faster: Sequence[Choice], rejected: Sequence[Reject
     plain, least = predict(batch), request.least_rows
     if predict(least).high_bytes > budget_bytes:
         smallest = predict(least).high_bytes + SLACK_BYTES
+        at_least = choose(replace(request, budget_bytes=smallest), faster, rejected)
         raise errors.NothingFits(
             f"nothing fits {format_bytes(budget_bytes)}: with {least} row{'s' * (least > 1)} at a time training still needs up to "
             f"{format_bytes(smallest)}, of which the libraries alone take {format_bytes(idle_bytes)}. "
             f"The smallest budget that works is --memory {math.ceil(smallest / 2**20)}MiB.",
             smallest,
+            to_json(at_least),
         )
     rows = batch if plain.high_bytes <= budget_bytes else _largest(predict, least, batch, budget_bytes)
     if rows < batch:
@@ -121,6 +125,7 @@ def choose(request: Request, faster: Sequence[Choice], rejected: Sequence[Reject
         threads=request.threads,
         device=probe["device"],
         code="\n".join(methods.named(choice.method).code(choice.config) for choice in choices),
+        notes=notes(request, rows),
     )
 
 

@@ -44,6 +44,23 @@ class Request:
         return self.idle_bytes + int(grown_bytes * (1 + MARGIN)) + MARGIN_BYTES
 
 
+def notes(request: Request, rows: int) -> tuple[str, ...]:
+    """What should be known of a plan with parts of `rows` rows."""
+    found = []
+    if rows < request.job.batch_size and request.probe["batch_statistics"]:
+        found.append(
+            f"the model normalises over the batch, and sees {rows} rows of it at a time in place of {request.job.batch_size}: results may "
+            "differ. Other ways: --exact keeps batches whole (and recomputes activations), a larger --memory, a smaller --batch-size, or "
+            "layers that do not depend on the batch (GroupNorm, LayerNorm)."
+        )
+    if request.probe["busy"]:
+        found.append(
+            f"the machine was busy while steps were probed ({request.probe['busy']}): they are expected to take less time when it is "
+            "quiet, and what is faster may be another method. Plan again then; figures of memory do not depend on it."
+        )
+    return tuple(found)
+
+
 def make_choice(method: str, config: dict[str, Any], probe: Mapping[str, Any], why: str, **figures: Any) -> Choice:
     """A choice with what its method does to the mathematics."""
     keeps = methods.named(method).keeps(config, batch_statistics=probe["batch_statistics"])

@@ -10,6 +10,7 @@ from delest import errors
 from delest.planning import probed, traced
 from delest.planning.request import Request
 from delest.planning.traced import Retrace
+from delest.records.form import to_plain
 from delest.records.hardware import Roofline
 from delest.records.plan import Plan
 
@@ -31,5 +32,10 @@ def choose(request: Request, tracing: Callable[[], tuple[Retrace, Roofline]] | N
             return probed.choose(request, faster, rejected)
     if tracing is None:
         return None
-    plan = traced.choose(request, tuple(faster), *tracing())
+    try:
+        plan = traced.choose(request, tuple(faster), *tracing())
+    except errors.NothingFits as error:
+        if error.plan is not None:
+            error.plan["rejected"] = [*to_plain(rejected), *error.plan["rejected"]]
+        raise
     return replace(plan, rejected=(*rejected, *plan.rejected))

@@ -15,6 +15,7 @@ from delest import errors
 from delest.planning.account import account_for
 from delest.planning.candidates import Candidate, Judge, all_candidates, keeps_of
 from delest.planning.request import EXACT, SLACK_BYTES, Request
+from delest.records.form import to_json
 from delest.records.hardware import Roofline
 from delest.records.plan import Choice, Plan
 from delest.records.trace import Trace
@@ -40,7 +41,10 @@ def choose(request: Request, base: tuple[Choice, ...], retrace: Retrace, rooflin
     for group in (kept, [one for one in candidates if keeps_of(one, request) not in EXACT]):
         if (found := _fastest(group, judge, retrace)) is not None:
             return account_for(found, candidates, base, plain, judge)
-    raise _nothing(candidates, judge, retrace)
+    least = _closely(min(candidates, key=lambda one: one.grown_bytes), judge, retrace)
+    smallest = request.high_bytes(least.grown_bytes) + SLACK_BYTES
+    judge.request = replace(request, budget_bytes=smallest)
+    raise _nothing(least, request, account_for(least, candidates, base, plain, judge), smallest)
 
 
 def _once(retrace: Retrace) -> Retrace:
@@ -80,14 +84,12 @@ def _closely(candidate: Candidate, judge: Judge, retrace: Retrace) -> Candidate:
     return replace(candidate, grown_bytes=grown, seconds=seconds)
 
 
-def _nothing(candidates: Sequence[Candidate], judge: Judge, retrace: Retrace) -> errors.NothingFits:
-    request = judge.request
-    least = _closely(min(candidates, key=lambda one: one.grown_bytes), judge, retrace)
-    smallest = request.high_bytes(least.grown_bytes) + SLACK_BYTES
+def _nothing(least: Candidate, request: Request, plan: Plan, smallest: int) -> errors.NothingFits:
     words = ", ".join(choice.method for choice in least.choices) or "no other method"
     return errors.NothingFits(
         f"nothing fits {format_bytes(request.budget_bytes)}: the least that was found is up to {format_bytes(smallest)}, of which the "
         f"libraries alone take {format_bytes(request.idle_bytes)} ({least.rows} row{'s' * (least.rows > 1)} at a time, {words}; "
         f"{format_seconds(least.seconds)} a step). The smallest budget that works is --memory {math.ceil(smallest / 2**20)}MiB.",
         smallest,
+        to_json(plan),
     )

@@ -60,6 +60,8 @@ class Plan:
     threads: int | None = None
     device: str = "cpu"
     code: str = ""  # the equivalent plain PyTorch
+    made_for: dict[str, str] = field(default_factory=dict)  # `job`, a fingerprint, and `machine`, in words; empty: any
+    notes: tuple[str, ...] = ()  # what should be known before it is followed
     seconds: dict[str, float] = field(default_factory=dict)
 
     def config(self, method: str) -> dict[str, Any] | None:

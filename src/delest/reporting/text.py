@@ -103,6 +103,7 @@ def plan_text(plan: Plan) -> str:
     return sections(
         words.fit_words(plan),
         ("", table(facts)),
+        ("note", "\n".join(textwrap.fill(note, 118, initial_indent="  ", subsequent_indent="  ") for note in plan.notes)),
         ("methods", choices and table(choices, ("method", "saves", "costs a step", "results", "why"), right=(1, 2))),
         ("turned down", plan.rejected and table([(item.method, item.why) for item in plan.rejected])),
         ("runners-up", table(_options(plan, plan.considered[1:]), _OPTION_HEADER, right=(0, 1)) if plan.considered[1:] else ""),

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from delest import errors, storage
+from delest import errors, storage, tensors
 from delest.records.batch import State
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -24,15 +24,14 @@ KEPT = 2
 
 def save(folder: Path, step: int, state: State, position: dict[str, Any], best: Path) -> Path:
     """Write a checkpoint, then drop all but the newest two. Raises `DiskFull`; earlier ones then stay."""
-    from safetensors.numpy import save_file
-
     final = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with storage.room_reported(final):
             temporary.mkdir(parents=True)
-            _write(lambda: save_file(_contiguous(state.arrays), temporary / "state.safetensors"), final)
+            with open(temporary / "state.safetensors", "wb") as file:
+                tensors.write(file, state.arrays)
             (temporary / "state.json").write_text(
                 json.dumps({"format": 1, "position": position, "scalars": dict(state.scalars)})
             )
@@ -64,7 +63,8 @@ def save(folder: Path, step: int, state: State, position: dict[str, Any], best: 
 
 
 def newest(folder: Path, note: Callable[[str], None] = lambda text: None) -> tuple[State, dict[str, Any], Path] | None:
-    """State, position and folder of the newest intact checkpoint; each damaged one is named through `note` and skipped."""
+    """State, read as it is asked for, position and folder of the newest intact checkpoint; each damaged one is named through `note`
+    and skipped."""
     for leftover in folder.glob(".step-*.old") if folder.exists() else ():
         intended = folder / leftover.name[1:-4]
         if not intended.exists():  # killed between the two renames of `save`
@@ -77,10 +77,8 @@ def newest(folder: Path, note: Callable[[str], None] = lambda text: None) -> tup
             shutil.rmtree(damaged, ignore_errors=True)
             path.rename(damaged)
             continue
-        from safetensors.numpy import load_file
-
         document = json.loads((path / "state.json").read_text())
-        return State(load_file(path / "state.safetensors"), document["scalars"]), document["position"], path
+        return State(tensors.Arrays(path / "state.safetensors"), document["scalars"]), document["position"], path
     return None
 
 
@@ -119,27 +117,6 @@ def _all(folder: Path) -> list[tuple[int, Path]]:
         (int(match[1]), path) for path in (folder.iterdir() if folder.exists() else ()) if (match := _NAME.fullmatch(path.name))
     ]
     return sorted(found, reverse=True)
-
-
-def _contiguous(arrays: Any) -> dict[str, Any]:
-    import numpy as np
-
-    # safetensors writes the bytes as they lie in memory and knows no scalars of shape () with strides of their own.
-    return {name: np.ascontiguousarray(array) if array.ndim else array for name, array in arrays.items()}
-
-
-def _write(write: Callable[[], None], path: Path) -> None:
-    """safetensors reports a full disk in its own exception."""
-    from safetensors import SafetensorError
-
-    try:
-        write()
-    except SafetensorError as error:
-        if "No space" in str(error) or "File too large" in str(error) or "quota" in str(error):
-            raise errors.DiskFull(
-                f"no room on disk to write {path}; earlier checkpoints are unharmed. Free some space and use --resume."
-            ) from error
-        raise
 
 
 def _link(source: Path, target: Path) -> None:

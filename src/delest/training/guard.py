@@ -8,19 +8,18 @@ that no allocation asked for comes into use. Every split is a decision, which a 
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import re
-import resource
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delest import errors
-from delest.hardware.machine import data_and_resident_bytes, give_back_unused, resident_bytes, share_one_heap
+from delest.hardware.machine import resident_bytes
+from delest.training import limit
 from delest.training.growth import Growth, GrowthWatch
+from delest.training.limit import MARGIN_BYTES, too_small
 from delest.units import format_bytes
 
 if TYPE_CHECKING:
@@ -28,12 +27,9 @@ if TYPE_CHECKING:
     from delest.training.decisions import Decisions
     from delest.training.position import Position
 
-MARGIN_BYTES = 16 << 20  # pages of libraries that are touched later: resident, but no data that the limit counts
 NEAR_BYTES = 8 << 20  # below the budget: what only the margin holds back
 PATIENCE = 10  # steps between two splits for closeness alone: the first must show its effect
 SPARED = 8  # times in a run that a step is tried again as it is
-BACK_AND_FORTH = 1.05  # of the smallest budget that is named: a process that asks again is a little larger
-WATCH_SECONDS = 0.01
 Result = TypeVar("Result")
 
 
@@ -63,7 +59,7 @@ class Guard:
     def __init__(self, session: Session, batch_size: int, note: Callable[[str], None]):
         self.session, self.batch_size, self.note = session, batch_size, note
         self.budget_bytes: int | None = None
-        self._watch: _Watch | None = None
+        self._watch: limit.Limit | None = None
         self._growth: GrowthWatch | None = None
         self._owner = ""
         self._thread: ThreadPoolExecutor | None = None
@@ -79,10 +75,11 @@ class Guard:
             yield
             return
         self.budget_bytes, self._growth = budget_bytes, GrowthWatch(budget_bytes)
-        self._watch = _Watch(budget_bytes)
-        share_one_heap()
-        self.session.warm()
-        with self._watch.running():
+        with limit.held(budget_bytes) as self._watch:
+            assert self._watch is not None
+            with self._watch.lifted():
+                self.session.warm()
+            self._watch.begin_anew(widen=True)
             try:
                 yield
             except MemoryError as error:
@@ -134,6 +131,18 @@ class Guard:
         with self._watch.lifted():
             self._thread = ThreadPoolExecutor(1, "memory-guard-work")
             self._thread.submit(self.session.warm).result()
+
+    def read_again(self, error: MemoryError) -> None:
+        """After memory ran out outside a step, as when a batch was read: return where it is worth another try.
+
+        Raises `NothingFits` where it is not, and without a budget what was raised.
+        """
+        failure = _Failure("reading", str(error))
+        if self._watch is None:
+            raise error
+        if not self._was_address_space(failure):
+            raise self._too_small(failure)
+        self._watch.begin_anew(widen=True)
 
     def make_room(self) -> None:
         """Before something other than a step that takes memory: what steps have freed is given back, and the limit set for what is left."""
@@ -221,84 +230,10 @@ class Guard:
         """The error that names the smallest budget, as well as one failed allocation tells it."""
         budget, least = self.budget_bytes or 0, math.ceil(self.batch_size / max(1, self.session.most_parts))
         highest = max(budget - MARGIN_BYTES, self._watch.highest_bytes if self._watch is not None else 0)
-        smallest = int((highest + max(failure.asked_bytes, MARGIN_BYTES) + MARGIN_BYTES) * BACK_AND_FORTH)
         asked = f" when {format_bytes(failure.asked_bytes)} more were asked for" if failure.asked_bytes else ""
         how = failure.detail if failure.phase == "training" else f"memory ran out in the {failure.phase} phase{asked}"
-        return errors.NothingFits(
-            f"{format_bytes(budget)} are not enough: {how}, with {least} row{'s' * (least > 1)} at a time. As far as can be told "
-            f"it takes --memory {math.ceil(smallest / 2**20)}MiB or more, in a new run, or a smaller model.{self._owner}",
-            smallest,
-        )
-
-
-class _Watch:
-    """The thread, and the limit on data: what may be resident still, above the least difference between data and resident
-    memory that was seen, since the rest of that difference may be touched."""
-
-    def __init__(self, budget_bytes: int):
-        self.budget_bytes, self.highest_bytes = budget_bytes, 0
-        self._done, self._lock = threading.Event(), threading.Lock()
-        self._limit = resource.RLIM_INFINITY
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        before = resource.getrlimit(resource.RLIMIT_DATA)
-        thread = threading.Thread(target=self._run, name="memory-guard", daemon=True)
-        thread.start()
-        self.begin_anew()
-        try:
-            yield
-        finally:
-            self._done.set()
-            thread.join()
-            resource.setrlimit(resource.RLIMIT_DATA, before)
-
-    def begin_anew(self, *, widen: bool = False) -> None:
-        """Free what can be freed. With `widen` the limit is set for what is resident now, else it stays as tight as it was: what
-        is given back here comes into use again without being asked for."""
-        gc.collect()
-        self._read(widen=widen)
-        give_back_unused()
-        self.highest_bytes = 0
-
-    @contextlib.contextmanager
-    def lifted(self) -> Iterator[None]:
-        """Without the limit, which is as much wider afterwards as address space was taken meanwhile: for stacks of threads, of which
-        hardly any is touched."""
-        sizes = data_and_resident_bytes()
-        if sizes is None:
-            yield
-            return
-        with self._lock:
-            before, hard = sizes[0], resource.getrlimit(resource.RLIMIT_DATA)[1]
-            resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
-            try:
-                yield
-            finally:
-                after = data_and_resident_bytes()
-                wider = self._limit + max(0, (after[0] if after else before) - before)
-                self._limit = wider if hard == resource.RLIM_INFINITY else min(wider, hard)
-                resource.setrlimit(resource.RLIMIT_DATA, (self._limit, hard))
-
-    def _run(self) -> None:
-        while not self._done.is_set():
-            resident = self._read(widen=False)
-            self.highest_bytes = max(self.highest_bytes, resident)
-            self._done.wait(WATCH_SECONDS)
-
-    def _read(self, *, widen: bool) -> int:
-        """What is resident; the limit follows it."""
-        with self._lock:
-            sizes = data_and_resident_bytes()
-            if sizes is None:  # a system that does not count data: watched only
-                return resident_bytes()
-            data, resident = sizes
-            limit = max(0, data + self.budget_bytes - MARGIN_BYTES - resident)
-            if widen or limit < self._limit or self._limit == resource.RLIM_INFINITY:
-                hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-                self._limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-                resource.setrlimit(resource.RLIMIT_DATA, (self._limit, hard))
-        return resident
+        why = f"{how}, with {least} row{'s' * (least > 1)} at a time"
+        return too_small(budget, highest + max(failure.asked_bytes, MARGIN_BYTES), why, self._owner)
 
 
 def _failure(error: errors.OutOfMemory | MemoryError, evaluating: bool) -> _Failure:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from delest import errors, storage
+from delest import errors, storage, tensors
 from delest.hardware.machine import peak_resident_bytes, resident_bytes
+from delest.tensors import Under
 from delest.training import checkpoints
 from delest.training.decisions import Decisions
 from delest.training.evaluate import Evaluation, evaluate
@@ -100,7 +103,11 @@ class Trainer:
         self.position = Position(**position)
         self.session.parts = max(self.session.parts, self.position.parts)
         if (path / "best.safetensors").exists():
-            storage.write_atomic(self.folder / "best.safetensors", (path / "best.safetensors").read_bytes())
+            with (
+                storage.written_atomically(self.folder / "best.safetensors") as file,
+                open(path / "best.safetensors", "rb") as best,
+            ):
+                shutil.copyfileobj(best, file)
         rows = [row for row in storage.read_lines(self.folder / "metrics.jsonl") if row["step"] <= self.position.step]
         storage.write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         return True
@@ -119,6 +126,15 @@ class Trainer:
             self.progress.training_finished()
         self._restore_best()
 
+    def test(self) -> dict[str, float]:
+        """What the session scores on the test split, by metric; nothing where there is none. Guarded as steps are."""
+        if self.test_feed is None or not len(self.test_feed):
+            return {}
+        with self.guard.watching(self.limits.memory_bytes):
+            work = lambda: evaluate(self.session, self.test_feed, self.metric)  # noqa: E731
+            result = self.guard.attempt(work, self.decisions, self.position, evaluating=True)
+        return result.metrics(self.metric)
+
     def _train(self) -> None:
         self._saved = time.monotonic()
         if not self.position.step:
@@ -128,7 +144,10 @@ class Trainer:
             if p.step and (p.row == 0 or p.step >= p.total_steps) and p.evaluated_step < p.step:
                 self._evaluate()
             elif p.step < p.total_steps:
-                self._run_epoch()
+                try:
+                    self._run_epoch()
+                except MemoryError as error:  # as when a batch was read: the feed goes on from where it stood
+                    self.guard.read_again(error)
             else:
                 break
 
@@ -216,7 +235,7 @@ class Trainer:
             p.best_step, p.best_epoch, p.evaluated_step = p.step, self.epochs(), p.step
             self._save()
             return
-        if fault := _not_finite(self.session.weights()):
+        if fault := _not_finite(self._weights()):
             self._set_back(fault)
             return
         started = time.monotonic()
@@ -295,8 +314,7 @@ class Trainer:
         p.parts = self.session.parts
         self.guard.make_room()
         state = self.session.state()
-        weights = {name.removeprefix("model."): array for name, array in state.arrays.items() if name.startswith("model.")}
-        if fault := _not_finite(weights):
+        if fault := _not_finite(Under(state.arrays, "model.")):
             return self._set_back(fault)
         checkpoints.save(self.folder / "checkpoints", p.step, state, p.to_json(), self.folder / "best.safetensors")
         self._saved = time.monotonic()
@@ -304,13 +322,14 @@ class Trainer:
 
     def _keep_best(self) -> None:
         if self.saving:
-            from safetensors.numpy import save
-
-            storage.write_atomic(
-                self.folder / "best.safetensors", save(self.session.weights(), metadata={"step": str(self.position.step)})
-            )
+            with storage.written_atomically(self.folder / "best.safetensors") as file:
+                tensors.write(file, self._weights(), {"step": str(self.position.step)})
         else:
             self._best = self.session.weights()
+
+    def _weights(self) -> Under:
+        """Not copied."""
+        return Under(self.session.state().arrays, "model.")
 
     def _restore_best(self) -> None:
         p = self.position
@@ -319,9 +338,7 @@ class Trainer:
                 self._keep_best()
             return
         if self.saving:
-            from safetensors.numpy import load_file
-
-            self.session.load_weights(load_file(self.folder / "best.safetensors"))
+            self.session.load_weights(tensors.Arrays(self.folder / "best.safetensors"))
         else:
             self.session.load_weights(self._best)
 
@@ -377,7 +394,7 @@ class Trainer:
             raise errors.Interrupted(self.signals.received, "")
 
 
-def _not_finite(weights: dict[str, Any]) -> str | None:
+def _not_finite(weights: Mapping[str, Any]) -> str | None:
     """The first weights that hold NaN or infinity, in words."""
     for name, array in weights.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():

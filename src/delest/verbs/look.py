@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delest import errors, job as jobs, processes
-from delest.verbs.workplace import Workplace, backend, check_batch, open_workplace, preprocessing_json
+from delest import errors, job as jobs, processes, units
+from delest.verbs import kept_plans
+from delest.verbs.workplace import Workplace, backend, check_batch, given_plan, open_workplace, preprocessing_json
 
 if TYPE_CHECKING:
-    from delest.records.hardware import Diagnosis
+    from delest.planning.request import Request
+    from delest.records.hardware import Diagnosis, Hardware
     from delest.records.plan import Choice, Plan
     from delest.records.run import Summary
     from delest.records.trace import Trace
     from delest.training.progress import Progress
+
+STARTS_HIGHER_BYTES = 8 << 20  # a process than another that does the same: within the margin of every plan
 
 
 def inspect(job: Any) -> Summary:
@@ -67,48 +74,112 @@ def doctor(*, measure: bool = False, clear_cache: bool = False) -> Diagnosis:
 def plan_workplace(
     place: Workplace, *, memory: str | int | None, device: str | None, threads: int | None, say: Progress, exact: bool = False
 ) -> Plan:
-    """The plan for an opened job: checked and probed in a child process, then chosen."""
-    from delest import units
+    """The plan for an opened job: checked and probed in a child process, then chosen.
+
+    Raises `BadInput` for a job that does not work and a budget above the machine's, `NothingFits`.
+    """
     from delest.hardware import machine
     from delest.planning import search
     from delest.planning.request import Request
-    from delest.records.form import from_json
-    from delest.records.plan import Plan
 
     check_batch(place)
     check_device(device)
     started = time.monotonic()
-    say.stage("plan: trying the job on two rows and probing a few steps in a process of its own")
     here = machine.describe()
     budget = None if memory is None else units.read_size(memory, here.memory_limit_bytes or here.memory_bytes)
     used = threads or here.cores
-    probe = _examine(place, threads=used, device=device or "auto")
-    if probe["faults"]:
-        raise errors.BadInput(probe["faults"])
-    idle = machine.resident_bytes() if probe["device"] == "cpu" else probe["idle_bytes"]
+    key = kept_plans.key_of(place, here, used, device or "auto")
+    probe = kept_plans.kept("job-probe", key)
+    if probe is None:
+        say.stage("plan: trying the job on two rows and probing a few steps in a process of its own")
+        probe = _examine(place, threads=used, device=device or "auto")
+        if probe["faults"]:
+            raise errors.BadInput(probe["faults"])
+        if not probe["busy"]:
+            kept_plans.keep("job-probe", key, probe)
+    _check_budget(budget, probe, here)
     free = machine.describe().available_bytes + machine.resident_bytes()
     asked: dict[str, Any] = {
         "probe": probe,
         "budget_bytes": free if budget is None else budget,
         "asked": budget is not None,
-        "idle_bytes": idle,
+        "idle_bytes": _idle_bytes(place, probe),
         "threads": used,
         "isolated": place.job.origin is not None,
         "exact": exact,
     }
-    chosen = search.choose(Request(job=place.job, **asked))
-    if chosen is None:
-        say.stage("plan: the plain step does not fit; comparing combinations of methods on traces of it")
-        found = processes.call(
-            "delest.verbs.look:choose_on_traces",
-            place.job,
-            preprocessing=preprocessing_json(place),
-            index=[int(row) for row in place.splits["train"][:2]],
-            request=asked,
-        )
-        chosen = from_json(Plan, found)
+    request = Request(job=place.job, **asked)
+    chosen = search.choose(request) or _chosen_on_traces(place, request, asked, key, say)
     place.seconds["planning"] = time.monotonic() - started
-    return chosen
+    return replace(chosen, made_for=kept_plans.made_for(place, here))
+
+
+def plan_as_given(place: Workplace, plan: Plan | str | Path, told: Mapping[str, Any], say: Progress) -> Plan:
+    """A plan that was given, or where it was made for another job or machine, one that is made anew within its budget, and said so.
+
+    Raises as `given_plan` and `plan_workplace` do.
+    """
+    from delest.hardware import machine
+    from delest.records.form import read_json
+    from delest.records.plan import Plan
+
+    found = plan if isinstance(plan, Plan) else read_json(Plan, Path(plan))
+    now = kept_plans.made_for(place, machine.describe())
+    others = [name for name, value in found.made_for.items() if value != now.get(name)]
+    if not others or any(value is not None for value in told.values()):  # which it refuses
+        return given_plan(place, found, told)
+    of = f" ({found.made_for['machine']}, and this is {now['machine']})" if "machine" in others else ""
+    within = "" if found.memory_bytes is None else f" within its {units.format_bytes(found.memory_bytes)}"
+    say.note(f"the plan was made for another {' and another '.join(others)}{of}: planning anew{within}.")
+    return plan_workplace(place, memory=found.memory_bytes, device=None, threads=None, say=say)
+
+
+def _chosen_on_traces(place: Workplace, request: Request, asked: dict[str, Any], key: list[Any] | None, say: Progress) -> Plan:
+    from delest.records.form import from_json
+    from delest.records.plan import Plan
+
+    key = None if key is None else [*key, asked["budget_bytes"], asked["idle_bytes"], asked["exact"], request.probe]
+    found = kept_plans.kept("job-plan", key)
+    if found is None:
+        say.stage("plan: the plain step does not fit; comparing combinations of methods on traces of it")
+        try:
+            found = processes.call(
+                "delest.verbs.look:choose_on_traces",
+                place.job,
+                preprocessing=preprocessing_json(place),
+                index=[int(row) for row in place.splits["train"][:2]],
+                request=asked,
+            )
+        except errors.NothingFits as error:
+            found = {"nothing_fits": error.fields()}
+        kept_plans.keep("job-plan", key, found)
+    if "nothing_fits" in found:
+        raise errors.NothingFits.rebuilt(found["nothing_fits"])
+    return from_json(Plan, found)
+
+
+def _idle_bytes(place: Workplace, probe: dict[str, Any]) -> int:
+    """What a process holds that has opened the data and made a step, before it trains: the child's, and what this one holds beyond
+    another that has opened the same, in steps, so that who asks again gets the same answer."""
+    from delest.hardware import machine
+
+    if probe["device"] != "cpu" or place.job.origin is None:  # on the device, or probed in this process
+        return int(probe["idle_bytes"])
+    more = machine.resident_bytes() - probe["opened_bytes"]
+    return int(probe["idle_bytes"]) + max(0, more // STARTS_HIGHER_BYTES) * STARTS_HIGHER_BYTES
+
+
+def _check_budget(budget: int | None, probe: dict[str, Any], here: Hardware) -> None:
+    """Raise `BadInput` for a budget that this machine cannot give."""
+    if budget is None:
+        return
+    has = probe["device_memory_bytes"] or here.memory_limit_bytes or here.memory_bytes
+    if budget > has:
+        whose = "this machine" if probe["device"] == "cpu" else "the GPU"
+        raise errors.BadInput(
+            f"--memory {units.format_bytes(budget)} is more than {whose} has ({units.format_bytes(has)}): give at most that, or a share "
+            "as in 80%; to see what another machine would do, delest estimate --device NAME."
+        )
 
 
 def choose_on_traces(job: Any, *, preprocessing: dict[str, Any], index: list[int], request: dict[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shlex
 import time as clock
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +16,13 @@ from delest.records.footprint import Footprint
 from delest.records.form import read_json, read_object
 from delest.records.plan import Plan
 from delest.records.run import Best, Run
-from delest.verbs.look import plan_workplace
+from delest.training import limit
+from delest.verbs.look import plan_as_given, plan_workplace
 from delest.verbs.preview import train_preview
 from delest.verbs.workplace import (
     Workplace,
     backend,
     build_trainer,
-    given_plan,
     guarded_bytes,
     open_workplace,
     preprocessing_json,
@@ -110,10 +112,25 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
         raise errors.BadInput("no job was given: name a file, a module:name or a path to data.")
     else:
         folder = runs.place(settings.out, loaded.title)
+    with limit.held(_known_budget(settings, folder)) as hold:
+        with contextlib.nullcontext() if hold is None else hold.released():
+            place = open_workplace(loaded, say, folder if settings.resume else None)
+            plan = _plan(place, settings, folder, say)
+        with limit.held(guarded_bytes(plan)):
+            return _train_as_planned(place, plan, folder, settings, say, verb)
+
+
+def _known_budget(settings: Settings, folder: Path) -> int | None:
+    """The budget of a plan that is there before the data are opened, which is then held from the beginning."""
+    given = folder / "plan.json" if settings.resume else settings.plan
+    if given is None:
+        return None
+    return guarded_bytes(given if isinstance(given, Plan) else read_json(Plan, Path(given)))
+
+
+def _train_as_planned(place: Workplace, plan: Plan, folder: Path, settings: Settings, say: Progress, verb: str) -> Trained:
     limits = _limits(settings)
-    place = open_workplace(loaded, say, folder if settings.resume else None)
-    plan = _plan(place, settings, folder, say)
-    session = backend(place.job).session(place.job, plan, place.source.schema)
+    session = _session(place, plan)
     begun = settings.resume and any(folder.glob("checkpoints/step-*"))  # which hold the weights already
     begin_with = None if settings.init_from is None or begun else read_weights(Path(settings.init_from))
     if begin_with is not None:
@@ -121,7 +138,7 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
     preview = None
     if settings.preview is not None and not settings.resume:
         preview = train_preview(place, plan, units.read_share(settings.preview), say)
-        session = backend(place.job).session(place.job, plan, place.source.schema)
+        session = _session(place, plan)
         if begin_with is not None:
             session.load_weights(begin_with)
     if not settings.resume:
@@ -130,12 +147,19 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
     trainer.limits = replace(limits, memory_bytes=guarded_bytes(plan))
     run = _began(folder, place, plan, session, preview)
     supervision.tell(folder, trainer.limits.memory_bytes)
-    if settings.resume and trainer.resume(supervision.crash()):
+    with limit.reported("the newest checkpoint was loaded"):
+        resumed = settings.resume and trainer.resume(supervision.crash())
+    if resumed:
         say.stage(f"train: going on from step {trainer.position.step:,} of {trainer.position.total_steps:,} in {folder}")
     else:
         say.stage(f"train: {trainer.position.total_steps:,} steps of {place.job.batch_size} rows, in {folder}")
     run = _carry_out(trainer, run, verb, say)
     return Trained(run, place, session, dict(place.seconds))
+
+
+def _session(place: Workplace, plan: Plan) -> Any:
+    with limit.reported("the model and its optimizer were built"):
+        return backend(place.job).session(place.job, plan, place.source.schema)
 
 
 def _as_begun(folder: Path, settings: Settings) -> Settings:
@@ -166,17 +190,11 @@ def restore(folder: Path, say: Progress, given: jobs.Job | None = None) -> Train
     return Trained(run, place, session)
 
 
-def read_weights(path: Path) -> dict[str, Any]:
+def read_weights(path: Path) -> Mapping[str, Any]:
     """Arrays of a safetensors file. Raises `BadInput` where it is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from delest.tensors import Arrays
 
-    if not path.is_file():
-        raise errors.BadInput(f"{path} does not exist: it should be a safetensors file with the model's weights.")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise errors.BadInput(f"{path} is no intact safetensors file ({error}).") from None
+    return Arrays(path)
 
 
 def check_same_data(folder: Path, place: Workplace) -> None:
@@ -206,7 +224,7 @@ def _plan(place: Workplace, settings: Settings, folder: Path, say: Progress) -> 
     given = settings.plan
     if given is None:
         return plan_workplace(place, memory=settings.memory, device=settings.device, threads=settings.threads, say=say)
-    return given_plan(place, given, {name: getattr(settings, name) for name in ("memory", "device", "threads")})
+    return plan_as_given(place, given, {name: getattr(settings, name) for name in ("memory", "device", "threads")}, say)
 
 
 def _start_folder(folder: Path, place: Workplace, plan: Plan, session: Any, settings: Settings) -> Path:
@@ -312,17 +330,13 @@ def _measured(run: Run, idle: int, peak: int, trainer: Trainer) -> Footprint:
 
 def _finished(run: Run, trainer: Trainer, status: Any, measured: Footprint | None) -> Run:
     """Write the run's record as it now stands; the test split is read here, once, when training is done."""
-    from delest.training.evaluate import evaluate
-
     p = trainer.position
     test: dict[str, float] = {}
     seconds = {**run.seconds, "training": p.training_seconds, "evaluating": p.evaluating_seconds}
     weights_sha256 = None
     if status == "done":
         began = clock.monotonic()
-        feed = trainer.test_feed
-        if feed is not None and len(feed):
-            test = evaluate(trainer.session, feed, trainer.metric).metrics(trainer.metric)
+        test = trainer.test()
         seconds["evaluating"] += clock.monotonic() - began
         weights_sha256 = digest(trainer.session.weights())
     best = None if p.best_score is None else Best(step=p.best_step, epoch=p.best_epoch, score=p.best_score)
@@ -344,7 +358,7 @@ def _finished(run: Run, trainer: Trainer, status: Any, measured: Footprint | Non
     return run
 
 
-def digest(weights: dict[str, Any]) -> str:
+def digest(weights: Mapping[str, Any]) -> str:
     """SHA-256 of weights: names, types, shapes and bytes, in the order of names."""
     import numpy as np
 
@@ -352,5 +366,5 @@ def digest(weights: dict[str, Any]) -> str:
     for name in sorted(weights):
         array = np.ascontiguousarray(weights[name])
         total.update(f"{name} {array.dtype} {array.shape}".encode())
-        total.update(array.tobytes())
+        total.update(array.reshape(-1).view(np.uint8).data)
     return total.hexdigest()

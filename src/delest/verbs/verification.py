@@ -17,9 +17,9 @@ from delest import errors, job as jobs, processes
 from delest.records.form import from_json, to_json
 from delest.records.plan import Plan
 from delest.records.verification import MethodCheck, ResumeCheck, Verification
-from delest.verbs.look import check_device, plan_workplace
+from delest.verbs.look import check_device, plan_as_given, plan_workplace
 from delest.verbs.training import digest
-from delest.verbs.workplace import Workplace, backend, build_trainer, given_plan, open_workplace, preprocessing_json
+from delest.verbs.workplace import Workplace, backend, build_trainer, open_workplace, preprocessing_json
 
 if TYPE_CHECKING:
     from delest.training.progress import Progress
@@ -53,7 +53,7 @@ def verify(
     if plan is None:
         chosen = plan_workplace(place, memory=memory, device=device, threads=threads, say=say)
     else:
-        chosen = given_plan(place, plan, {"memory": memory, "device": device, "threads": threads})
+        chosen = plan_as_given(place, plan, {"memory": memory, "device": device, "threads": threads}, say)
         check_device(chosen.device)
     started = time.monotonic()
     rows, methods = _compare(place, chosen, say)

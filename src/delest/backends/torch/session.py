@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from delest.job import Job
 from delest.records.batch import Batch, Lazy, Outputs, State, Step
 from delest.records.plan import Plan
 from delest.records.source import Schema
+from delest.tensors import Under
 
 
 class TorchSession:
@@ -28,6 +29,10 @@ class TorchSession:
     def __init__(self, job: Job, plan: Plan, schema: Schema):
         if plan.threads:
             torch.set_num_threads(plan.threads)
+        with _memory_reported("start", plan.memory_bytes is not None):
+            self._build(job, plan, schema)
+
+    def _build(self, job: Job, plan: Plan, schema: Schema) -> None:
         randomness.seed_all(job.seed)
         self.job, self.schema = job, schema
         self.device = torch.device(plan.device)
@@ -222,8 +227,9 @@ class TorchSession:
     # State
 
     def state(self) -> State:
-        """Weights, buffers, optimizer state and random states as arrays; what an optimizer keeps as plain numbers in `scalars`."""
-        arrays = {f"model.{name}": array for name, array in self.weights().items()}
+        """Weights, buffers, optimizer state and random states as arrays, which share memory with the session on a CPU: use them before the
+        next step; what an optimizer keeps as plain numbers in `scalars`."""
+        arrays = {f"model.{name}": _numpy(tensor) for name, tensor in self.model.state_dict().items()}
         arrays.update({f"random.{name}": array for name, array in randomness.capture().items()})
         numbers: dict[str, Any] = {}
         for i, optimizer in enumerate(self.optimizers):
@@ -237,22 +243,25 @@ class TorchSession:
         return State(arrays, {"numbers": numbers})
 
     def load(self, state: State) -> None:
-        """Take up a state; raises `BadInput` where it belongs to another model or optimizer."""
-        self.load_weights({name[6:]: array for name, array in state.arrays.items() if name.startswith("model.")})
-        randomness.restore({name[7:]: array for name, array in state.arrays.items() if name.startswith("random.")})
-        saved = {**state.arrays, **state.scalars["numbers"]}
+        """Take up a state; raises `BadInput` where it belongs to another model or optimizer, `OutOfMemory`."""
+        with _memory_reported("resuming", self.guarded):
+            self._load(state)
+
+    def _load(self, state: State) -> None:
+        self.load_weights(Under(state.arrays, "model."))
+        randomness.restore(dict(Under(state.arrays, "random.")))
         for i, optimizer in enumerate(self.optimizers):
             own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            for key, value in saved.items():
-                if key.startswith(f"optimizer.{i}."):
-                    number, _, name = key.removeprefix(f"optimizer.{i}.").partition(".")
+            for saved in (state.arrays, state.scalars["numbers"]):
+                for key, value in Under(saved, f"optimizer.{i}.").items():  # read one by one
+                    number, _, name = key.partition(".")
                     _place(optimizer.state[own[int(number)]], name, value, own[int(number)])
 
     def weights(self) -> dict[str, Any]:
         """Parameters and buffers by name, copied; bf16 as uint16."""
         return {name: _numpy(tensor).copy() for name, tensor in self.model.state_dict().items()}
 
-    def load_weights(self, arrays: dict[str, Any]) -> None:
+    def load_weights(self, arrays: Mapping[str, Any]) -> None:
         """Copy weights in by name; raises `BadInput` naming what is missing, left over or of another shape."""
         own = self.model.state_dict()
         faults = [f"{name} is missing" for name in own if name not in arrays]
@@ -267,7 +276,7 @@ class TorchSession:
             raise errors.BadInput(f"these weights do not fit the model: {'; '.join(faults[:5])}{more}.")
         with torch.no_grad():
             for name, tensor in own.items():
-                value = torch.from_numpy(np.array(arrays[name]))
+                value = torch.from_numpy(np.require(arrays[name], requirements="W"))
                 tensor.copy_(
                     value.view(torch.bfloat16) if tensor.dtype == torch.bfloat16 and value.dtype == torch.uint16 else value
                 )
@@ -299,7 +308,7 @@ def _place(state: dict[str, Any], name: str, value: Any, parameter: Tensor) -> N
     """Put a saved value into a parameter's optimizer state, in the parameter's own memory layout: torch's fused
     optimizers walk weights and state in step, element by element."""
     if isinstance(value, np.ndarray):
-        tensor = torch.from_numpy(np.array(value)).to(parameter.device)
+        tensor = torch.from_numpy(np.require(value, requirements="W")).to(parameter.device)
         if tensor.dtype == torch.uint16:  # how bf16 is stored; no optimizer keeps 16-bit integers
             tensor = tensor.view(torch.bfloat16)
         if name not in state:

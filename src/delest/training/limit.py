@@ -1,0 +1,155 @@
+"""The limit that a budget of memory sets to this process: an allocation beyond it fails, in place of a process that is killed.
+
+It is the soft RLIMIT_DATA, which counts address space; what is budgeted is what is resident. A thread follows both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import resource
+import threading
+from collections.abc import Iterator
+
+from delest import errors
+from delest.hardware.machine import data_and_resident_bytes, give_back_unused, resident_bytes, share_one_heap
+from delest.units import format_bytes
+
+MARGIN_BYTES = 16 << 20  # pages of libraries that are touched later: resident, but no data that the limit counts
+WATCH_SECONDS = 0.01
+
+
+@contextlib.contextmanager
+def held(budget_bytes: int | None) -> Iterator[Limit | None]:
+    """Hold this process's resident bytes within a budget while the context is open; None holds nothing. One that is open already
+    goes on, and is given."""
+    if budget_bytes is None:
+        yield None
+    elif _open:
+        yield _open[-1]
+    else:
+        _open.append(Limit(budget_bytes))
+        try:
+            with _open[-1].running():
+                yield _open[-1]
+        finally:
+            _open.clear()
+
+
+@contextlib.contextmanager
+def reported(doing: str) -> Iterator[None]:
+    """Turn memory that ran out outside steps into `NothingFits` where a budget is held; `doing` says in words when."""
+    try:
+        yield
+    except (MemoryError, errors.OutOfMemory) as error:
+        if not _open:
+            raise
+        budget = _open[-1].budget_bytes
+        raise too_small(budget, max(_open[-1].highest_bytes, budget), f"memory ran out while {doing} ({error})") from None
+
+
+class Limit:
+    """The thread, and the limit on data: what may be resident still, above the least difference between data and resident
+    memory that was seen, since the rest of that difference may be touched."""
+
+    def __init__(self, budget_bytes: int):
+        self.budget_bytes, self.highest_bytes = budget_bytes, 0
+        self._done, self._lock = threading.Event(), threading.Lock()
+        self._limit: int | None = None  # None: not set
+        self._stacks_bytes = 0  # address space of threads that were started meanwhile
+        self._off = False
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Watch and limit while the context is open."""
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        thread = threading.Thread(target=self._run, name="memory-guard", daemon=True)
+        share_one_heap()
+        with self.lifted():
+            thread.start()
+        self.begin_anew(widen=True)
+        try:
+            yield
+        finally:
+            self._done.set()
+            thread.join()
+            self._set(None if before[0] == resource.RLIM_INFINITY else before[0] + self._stacks_bytes)
+
+    def begin_anew(self, *, widen: bool = False) -> None:
+        """Free what can be freed. With `widen` the limit is set for what is resident now, else it stays as tight as it was: what
+        is given back here comes into use again without being asked for."""
+        gc.collect()
+        self._read(widen=widen)
+        give_back_unused()
+        self.highest_bytes = 0
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Without the limit, which is as much wider afterwards as address space was taken meanwhile: for stacks of threads, of which
+        hardly any is touched."""
+        with self._lock:
+            sizes, limit = data_and_resident_bytes(), self._limit
+            self._set(None)
+            try:
+                yield
+            finally:
+                after = data_and_resident_bytes()
+                grown = max(0, after[0] - sizes[0]) if sizes and after else 0
+                self._stacks_bytes += grown
+                if limit is not None:
+                    self._set(limit + grown)
+
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """Without the limit, though watched, and with a new one afterwards: for child processes, which inherit it, and for libraries that
+        take address space as they please and do not survive where they get none. Raises `NothingFits` where the budget was exceeded."""
+        with self._lock:
+            self._off, self.highest_bytes = True, 0
+            self._set(None)
+        try:
+            yield
+        finally:
+            highest = max(self.highest_bytes, resident_bytes())
+            self._off = False
+            self.begin_anew(widen=True)
+        if highest > self.budget_bytes:
+            raise too_small(self.budget_bytes, highest, f"{format_bytes(highest)} were in use once the data were opened")
+
+    def _run(self) -> None:
+        while not self._done.is_set():
+            resident = self._read(widen=False)
+            self.highest_bytes = max(self.highest_bytes, resident)
+            self._done.wait(WATCH_SECONDS)
+
+    def _read(self, *, widen: bool) -> int:
+        """What is resident; the limit follows it."""
+        with self._lock:
+            sizes = data_and_resident_bytes()
+            if sizes is None:  # a system that does not count data: watched only
+                return resident_bytes()
+            data, resident = sizes
+            limit = max(0, data + self.budget_bytes - MARGIN_BYTES - resident)
+            if not self._off and (widen or self._limit is None or limit < self._limit):
+                self._set(limit)
+        return resident
+
+    def _set(self, limit: int | None) -> None:
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        self._limit = limit
+        within = limit is not None and (hard == resource.RLIM_INFINITY or limit < hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit if within and limit is not None else hard, hard))
+
+
+def too_small(budget_bytes: int, highest_bytes: int, why: str, more: str = "") -> errors.NothingFits:
+    """The error that names the smallest budget, as well as one failure tells it: some more than was in use."""
+    smallest = int((highest_bytes + MARGIN_BYTES) * BACK_AND_FORTH)
+    return errors.NothingFits(
+        f"{format_bytes(budget_bytes)} are not enough: {why}. As far as can be told it takes --memory "
+        f"{math.ceil(smallest / 2**20)}MiB or more, in a new run, or a smaller model.{more}",
+        smallest,
+    )
+
+
+BACK_AND_FORTH = 1.05  # of the smallest budget that is named: a process that asks again is a little larger
+_open: list[Limit] = []  # the one limit of this process

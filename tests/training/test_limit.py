@@ -1,0 +1,91 @@
+"""The limit that a budget sets: held once, from before the data are opened, given back whole."""
+
+from __future__ import annotations
+
+import resource
+import threading
+
+import numpy as np
+import pytest
+
+from delest import errors
+from delest.hardware import machine
+from delest.training import limit
+
+MIB = 1 << 20
+
+
+def above(size: int) -> int:
+    machine.give_back_unused()
+    return machine.resident_bytes() + size + limit.MARGIN_BYTES
+
+
+def test_an_allocation_beyond_it_fails_and_afterwards_all_is_as_before():
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with limit.held(above(50 * MIB)):
+        np.ones(4 * MIB)  # 32 MiB
+        with pytest.raises(MemoryError):
+            np.empty(10 * MIB)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+    assert np.empty(10 * MIB).nbytes == 80 * MIB
+
+
+def test_one_that_is_open_already_goes_on():
+    with limit.held(above(200 * MIB)) as outer:
+        with limit.held(1) as inner:
+            assert inner is outer
+        assert resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
+
+
+def test_without_a_budget_nothing_is_held():
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with limit.held(None) as nothing:
+        assert nothing is None
+        assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+def test_a_limit_from_outside_comes_back_with_room_for_the_threads_that_were_started():
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    outside = machine.data_and_resident_bytes()[0] + 400 * MIB
+    resource.setrlimit(resource.RLIMIT_DATA, (outside, before[1]))
+    try:
+        with limit.held(above(100 * MIB)) as hold:
+            inside = resource.getrlimit(resource.RLIMIT_DATA)[0]
+            assert inside < outside
+            done = threading.Event()
+            with hold.lifted():
+                thread = threading.Thread(target=done.wait)
+                thread.start()
+            assert inside <= resource.getrlimit(resource.RLIMIT_DATA)[0] <= inside + 16 * MIB
+            done.set()
+            thread.join()
+        assert outside <= resource.getrlimit(resource.RLIMIT_DATA)[0] <= outside + 32 * MIB
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def opened(hold: limit.Limit, size: int) -> np.ndarray:
+    with hold.released():
+        assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
+        return np.ones(size // 8)
+
+
+def test_what_is_opened_without_the_limit_must_fit_all_the_same():
+    with limit.held(above(50 * MIB)) as hold:
+        assert opened(hold, 20 * MIB).nbytes == 20 * MIB
+        with pytest.raises(errors.NothingFits, match=r"in use once the data were opened.*--memory \d+MiB"):
+            opened(hold, 128 * MIB)
+
+
+def asked_for(size: int) -> None:
+    with limit.reported("the model was built"):
+        np.empty(size // 8)
+
+
+def test_memory_that_runs_out_outside_steps_is_told_with_a_budget_that_would_do():
+    budget = above(50 * MIB)
+    with limit.held(budget), pytest.raises(errors.NothingFits, match="memory ran out while the model was built") as raised:
+        asked_for(80 * MIB)
+    assert raised.value.smallest_bytes > budget
+    with pytest.raises(MemoryError):  # nobody gave a budget
+        asked_for(1 << 50)
