@@ -15,11 +15,12 @@ import delest
 from delest.cli import COMMANDS
 
 PACKAGE = Path(delest.__file__).parent
-FLOOR = {"errors", "records", "metrics", "job", "storage", "processes", "units", "runs", "supervision"}
+FLOOR = {"errors", "records", "metrics", "job", "storage", "processes", "units", "runs", "supervision", "malloc"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "records": {"errors"},
     "units": {"errors"},
+    "malloc": {"errors"},
     "metrics": {"errors", "records"},
     "job": {"errors", "records", "metrics"},
     "storage": {"errors", "records"},

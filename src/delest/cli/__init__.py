@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (`sys.argv` by default) and return its exit status, which `DelestError.exit_status` names."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     as_json = "--json" in given[: given.index("--") if "--" in given else None]
-    stdout = sys.stdout
+    stdout, supervision.restartable = sys.stdout, arguments is None
     before, _Terminated.received = signal.getsignal(signal.SIGTERM), False
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)  # outside training, which watches for itself

@@ -6,7 +6,6 @@ ways of computing are faster on this machine.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import statistics
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from delest import malloc
 from delest.backends.torch.check import Single, check
 from delest.backends.torch.session import TorchSession
 from delest.data import Feed, Preprocessing, open_job
@@ -28,6 +28,7 @@ from delest.records.source import Schema
 
 STEPS = 3  # per probed size: the first allocates, the others are timed
 ROUNDS = 4  # per compared variant
+PAIRED_SECONDS = 4.0  # after which no more pairs are timed
 LONGEST_STEP_SECONDS = 4.0
 
 
@@ -60,6 +61,43 @@ def examine(
             break
     result["variants"] = _variants(job, plain, source.schema, _first(whole, min(len(index), 64)), threads)
     return result
+
+
+def examine_allocator(
+    job: Job, *, preprocessing: dict[str, Any], index: list[int], threads: int, plain_seconds: float
+) -> dict[str, Any]:
+    """What a step on the rows `index` takes under the malloc that this process, thought to be fresh, was started with: a sample as
+    `examine` has them.
+
+    Its seconds are those of the default, `plain_seconds`, as much longer or shorter as steps were here: with a fixed threshold beside
+    ones with what is freed kept, alternating; under a library's malloc as they are.
+    """
+    torch.set_num_threads(threads)
+    source = open_job(job)
+    batch = next(Feed(source, np.array(index), from_json(Preprocessing, preprocessing), batch_size=len(index)).ordered())
+    check(job, source.schema, _first(batch, 2), _first(batch, 32))  # what it loads is not the step's
+    plan = Plan(batch_size=job.batch_size, micro_batch=job.batch_size, threads=threads)
+    _release()
+    sample = _probe(job, plan, source.schema, batch, {"idle_bytes": machine.resident_bytes()})
+    if malloc.current() == "mmap":
+        sample["seconds"] = plain_seconds * _threshold_cost(TorchSession(job, plan, source.schema), batch)
+    return sample
+
+
+def _threshold_cost(session: TorchSession, batch: Batch) -> float:
+    """How many times as long a step takes with a fixed mmap threshold as with one that has moved up."""
+    ratios: list[float] = []
+    began = time.perf_counter()
+    while len(ratios) < ROUNDS and (not ratios or time.perf_counter() - began < PAIRED_SECONDS):
+        seconds = []
+        for set_threshold in (malloc.move_threshold, malloc.fix_threshold):
+            set_threshold()
+            float(session.step(batch, 1e-6).loss)  # which fills, or empties, the heap
+            started = time.perf_counter()
+            float(session.step(batch, 1e-6).loss)
+            seconds.append(time.perf_counter() - started)
+        ratios.append(seconds[1] / seconds[0])
+    return statistics.median(ratios)
 
 
 def _sizes(batch_size: int, available: int) -> list[int]:
@@ -140,11 +178,9 @@ def _first(batch: Batch, rows: int) -> Batch:
 
 
 def _release() -> None:
-    """Give freed memory back to the system, so that the next reading starts clean (glibc keeps it otherwise)."""
+    """Give freed memory back to the system, so that the next reading starts clean (malloc keeps it otherwise)."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    malloc.give_back()
 
 
 def _reset_peak(device: str) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Stage = Literal["process", "build", "wrap", "loss", "optimizer", "backward", "step"]
 Configs = Mapping[str, dict[str, Any]]  # by name
 NAMES = (  # in the order in which they are applied
+    "allocator",
     "memory_format",
     "precision",
     "activation_checkpointing",
@@ -40,6 +41,16 @@ class Method(Protocol):
 
     def code(self, config: dict[str, Any]) -> str:
         """The equivalent plain PyTorch."""
+
+
+class Starting(Method, Protocol):
+    """A method of the stage `process`: it acts before a process starts."""
+
+    def environment(self, config: dict[str, Any]) -> dict[str, str]:
+        """The variables that a process must be started with."""
+
+    def waits(self, config: dict[str, Any]) -> bool:
+        """Whether this process was not started so, and it is too late for it."""
 
 
 def named(name: str) -> Any:
@@ -74,3 +85,18 @@ def configs(plan: Plan) -> dict[str, dict[str, Any]]:
     for choice in plan.choices:
         named(choice.method)
     return {name: config for name in NAMES if (config := plan.config(name)) is not None}
+
+
+def environment(plan: Plan) -> dict[str, str]:
+    """The variables that a process must be started with to follow a plan. Raises `BadInput` for what this system does not have."""
+    return {
+        variable: value
+        for name, config in configs(plan).items()
+        if named(name).STAGE == "process"
+        for variable, value in named(name).environment(config).items()
+    }
+
+
+def waiting(plan: Plan) -> list[str]:
+    """The plan's methods that must act before a process starts and cannot act in this one."""
+    return [name for name, config in configs(plan).items() if named(name).STAGE == "process" and named(name).waits(config)]

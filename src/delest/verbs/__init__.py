@@ -9,6 +9,7 @@ from delest.verbs.look import doctor, explain, inspect, plan
 from delest.verbs.memory import estimate, measure, measure_script, read_budget, sweep
 from delest.verbs.own_loop import apply
 from delest.verbs.ship import predict, report, shrink
+from delest.verbs.starting import environment_for, execute
 from delest.verbs.training import train
 from delest.verbs.verification import verify
 
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 __all__ = [
     "apply",
     "doctor",
+    "environment_for",
     "estimate",
+    "execute",
     "explain",
     "inspect",
     "measure",

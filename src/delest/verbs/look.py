@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from delest import errors, job as jobs, processes
+from delest import errors, job as jobs, malloc, processes
 from delest.verbs.workplace import Workplace, backend, check_batch, open_workplace, preprocessing_json
 
 if TYPE_CHECKING:
@@ -65,9 +66,19 @@ def doctor(*, measure: bool = False, clear_cache: bool = False) -> Diagnosis:
 
 
 def plan_workplace(
-    place: Workplace, *, memory: str | int | None, device: str | None, threads: int | None, say: Progress, exact: bool = False
+    place: Workplace,
+    *,
+    memory: str | int | None,
+    device: str | None,
+    threads: int | None,
+    say: Progress,
+    exact: bool = False,
+    startable: bool = True,
 ) -> Plan:
-    """The plan for an opened job: checked and probed in a child process, then chosen."""
+    """The plan for an opened job: checked and probed in a child process, then chosen.
+
+    Unless `startable`, nothing that must act before a process starts.
+    """
     from delest import units
     from delest.hardware import machine
     from delest.planning import search
@@ -95,9 +106,11 @@ def plan_workplace(
         "threads": used,
         "isolated": place.job.origin is not None,
         "exact": exact,
+        "allocator": malloc.started_with(),
     }
     chosen = search.choose(Request(job=place.job, **asked))
     if chosen is None:
+        asked["allocators"] = _probe_allocators(place, probe, used, say, malloc.others() if startable else ("mmap",))
         say.stage("plan: the plain step does not fit; comparing combinations of methods on traces of it")
         found = processes.call(
             "delest.verbs.look:choose_on_traces",
@@ -109,6 +122,32 @@ def plan_workplace(
         chosen = from_json(Plan, found)
     place.seconds["planning"] = time.monotonic() - started
     return chosen
+
+
+def _probe_allocators(
+    place: Workplace, probe: dict[str, Any], threads: int, say: Progress, names: Sequence[str]
+) -> dict[str, Any]:
+    """What the largest probed steps take under each of these mallocs, in a process each; none where this process has another than the
+    default, or the job cannot be rebuilt in one."""
+    if probe["device"] != "cpu" or place.job.origin is None or malloc.started_with() != "glibc" or not malloc.is_glibc():
+        return {}
+    sample = probe["samples"][-1]
+    found = {}
+    for name in names:
+        say.stage(f"plan: the plain step does not fit; the same steps with another malloc, {name}, in a process of its own")
+        try:
+            found[name] = processes.call(
+                "delest.footprint.probe:examine_allocator",
+                place.job,
+                environment=malloc.environment(name),
+                preprocessing=preprocessing_json(place),
+                index=[int(row) for row in place.splits["train"][: sample["rows"]]],
+                threads=threads,
+                plain_seconds=sample["seconds"],
+            )
+        except errors.ProbeFailed as error:  # a library that does not work with this build of torch is no choice
+            say.note(f"{name} is left out: {error}")
+    return found
 
 
 def choose_on_traces(job: Any, *, preprocessing: dict[str, Any], index: list[int], request: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delest import errors, job as jobs, processes
+from delest import errors, job as jobs, malloc, processes
 from delest.verbs.look import check_device
 from delest.verbs.workplace import Workplace, check_batch, open_workplace, preprocessing_json
 
@@ -107,12 +107,14 @@ def measure(
     steps: int = 5,
     threads: int | None = None,
     device: str | None = None,
+    allocator: str | None = None,
     rows: Sequence[int] = (1, 32),
     timeline: bool = True,
     say: Progress | None = None,
 ) -> Footprint | Latency:
     """Run real training steps of a job in a fresh process, or time a bundle (a folder with an exported model) on `rows`.
 
+    `allocator` is the malloc that the process is started with: glibc (default), mmap, tcmalloc or jemalloc where they are installed.
     Raises `BadInput` where there is neither, or with every fault of the job; `OutOfMemory` where its steps do not fit.
     """
     from delest.hardware import machine
@@ -129,18 +131,28 @@ def measure(
         return measure_bundle(folder, rows=rows, threads=threads)
     check_device(device)
     faults = [f"{steps!r} steps cannot be measured: give 1 or more."] if not _counts(steps) else []
+    variables: dict[str, str] = {}
+    try:
+        variables = malloc.environment(allocator or "glibc")
+    except errors.BadInput as error:
+        faults += error.faults
     if threads is not None and not _counts(threads):
         faults.append(f"{threads!r} threads cannot compute: give 1 or more.")
     if faults:
         raise errors.BadInput(faults)
     place = open_workplace(jobs.load(job_or_bundle), say)
     check_batch(place)
+    if variables and place.job.origin is None:
+        raise errors.BadInput(
+            f"--allocator {allocator}: a job given as Python objects cannot be measured in another process; put it in a file."
+        )
     say.stage(f"measure: {steps} real steps in a process of its own")
     index = place.splits["train"][: place.job.batch_size * (steps + 3)]
     found = processes.call(
         "delest.footprint.measurement:measure_job",
         place.job,
         timeout=3600.0,
+        environment=variables,
         preprocessing=preprocessing_json(place),
         index=[int(row) for row in index],
         threads=threads or machine.describe().cores,

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delest import __version__, errors, job as jobs, runs, storage, supervision, units
+from delest import __version__, errors, job as jobs, malloc, runs, storage, supervision, units
 from delest.records.footprint import Footprint
 from delest.records.form import read_json, read_object
 from delest.records.plan import Plan
 from delest.records.run import Best, Run
 from delest.verbs.look import plan_workplace
 from delest.verbs.preview import train_preview
+from delest.verbs.starting import plan_of_before, start_with
 from delest.verbs.workplace import (
     Workplace,
     backend,
@@ -113,6 +114,7 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
     limits = _limits(settings)
     place = open_workplace(loaded, say, folder if settings.resume else None)
     plan = _plan(place, settings, folder, say)
+    start_with(plan, place.seconds.get("planning", 0.0))
     session = backend(place.job).session(place.job, plan, place.source.schema)
     begun = settings.resume and any(folder.glob("checkpoints/step-*"))  # which hold the weights already
     begin_with = None if settings.init_from is None or begun else read_weights(Path(settings.init_from))
@@ -200,12 +202,17 @@ def _limits(settings: Settings) -> Any:
 
 
 def _plan(place: Workplace, settings: Settings, folder: Path, say: Progress) -> Plan:
+    before = plan_of_before()
     if settings.resume:
         check_same_data(folder, place)
         return read_json(Plan, folder / "plan.json")
+    if before is not None:
+        place.seconds |= before.seconds
+        return before
     given = settings.plan
     if given is None:
-        return plan_workplace(place, memory=settings.memory, device=settings.device, threads=settings.threads, say=say)
+        wishes: dict[str, Any] = {name: getattr(settings, name) for name in ("memory", "device", "threads")}
+        return plan_workplace(place, **wishes, say=say, startable=supervision.restartable)
     return given_plan(place, given, {name: getattr(settings, name) for name in ("memory", "device", "threads")})
 
 
@@ -304,6 +311,7 @@ def _measured(run: Run, idle: int, peak: int, trainer: Trainer) -> Footprint:
         batch_size=run.plan.batch_size,
         micro_batch=run.plan.micro_batch,
         device=run.plan.device,
+        allocator=malloc.current() if run.plan.device == "cpu" else "cuda",
         basis="measurement",
         how="run",
         isolated=False,
