@@ -6,7 +6,7 @@ import pytest
 
 from delest import errors
 from delest.job import Job, Recipe
-from delest.planning import probed
+from delest.planning import probed, search
 from delest.planning.request import SLACK_BYTES, Request
 
 MIB = 1 << 20
@@ -128,3 +128,14 @@ def test_what_changes_the_results_is_left_out_where_exact_ones_are_asked_for():
     plan = choose(10_000, figures, exact=True)
     assert plan.config("precision") is None
     assert "changes the results" in next(one.why for one in plan.rejected if one.method == "precision")
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(0.5, 1), (0.98, 2), (1.5, 2)])
+def test_one_thread_is_taken_only_where_it_was_faster(seconds, count):
+    given = Job(data="unused", model=int, batch_size=128)
+    figures = probe(variants={"threads": {"plain": 1.0, "with": seconds}})
+    request = Request(job=given, probe=figures, budget_bytes=10_000 * MIB, asked=True, idle_bytes=100 * MIB, threads=2)
+    plan = search.choose(request)
+    assert plan.threads == count
+    assert (plan.config("threads") == {"count": 1}) == (count == 1)
+    assert any("no gain here" in one.why for one in plan.rejected if one.method == "threads") == (count == 2)

@@ -29,18 +29,26 @@ from delest.records.source import Schema
 STEPS = 3  # per probed size: the first allocates, the others are timed
 ROUNDS = 4  # per compared variant
 PAIRED_SECONDS = 4.0  # after which no more pairs are timed
+LONGEST_FOR_ONE_THREAD = 0.04  # seconds a step: in a longer one operators are large enough to be divided
 LONGEST_STEP_SECONDS = 4.0
 
 
 def examine(
-    job: Job, *, preprocessing: dict[str, Any], index: list[int], threads: int, device: str, checked_only: bool = False
+    job: Job,
+    *,
+    preprocessing: dict[str, Any],
+    index: list[int],
+    threads: int,
+    device: str,
+    checked_only: bool = False,
+    fewer_threads: bool = False,
 ) -> dict[str, Any]:
     """Check the job on two rows and probe its steps.
 
     Returns `faults` (empty where all is well), `idle_bytes` (this process, warm, before the model), `base_bytes` (what
     building the session added), `samples` (for each probed size: rows, growth over idle in bytes at the first step, at a
     steady one, in evaluation; seconds a step), `variants` (seconds a step by method and setting), `batch_statistics`,
-    `parameters`, `state_bytes`, `weights_bytes`, `device`.
+    `parameters`, `state_bytes`, `weights_bytes`, `device`. With `fewer_threads` one thread is tried too.
     """
     torch.set_num_threads(threads)
     device = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,7 +67,10 @@ def examine(
         result["samples"].append(sample)
         if sample["seconds"] * job.batch_size / rows > LONGEST_STEP_SECONDS:
             break
-    result["variants"] = _variants(job, plain, source.schema, _first(whole, min(len(index), 64)), threads)
+    few = _first(whole, min(len(index), 64))
+    result["variants"] = _variants(job, plain, source.schema, few, threads)
+    if fewer_threads and threads > 1 and device == "cpu":
+        result["variants"] |= _one_thread(TorchSession(job, plain, source.schema), few, threads)
     return result
 
 
@@ -158,6 +169,27 @@ def _variants(job: Job, plain: Plan, schema: Schema, batch: Batch, threads: int)
         del sessions
         _release()
     return found
+
+
+def _one_thread(session: TorchSession, batch: Batch, threads: int) -> dict[str, dict[str, float]]:
+    """Seconds a step in one thread and in all, alternating; none where one takes so long that threads pay.
+
+    One thread must be faster in the median than all of them at their best: beside other processes threads wait for each other at times, and a
+    training lasts longer than a probe.
+    """
+    seconds: dict[int, list[float]] = {threads: [], 1: []}
+    for _ in range(2 * ROUNDS):
+        for count, times in seconds.items():
+            torch.set_num_threads(count)
+            started = time.perf_counter()
+            float(session.step(batch, 1e-6).loss)
+            times.append(time.perf_counter() - started)
+        if min(seconds[1]) > LONGEST_FOR_ONE_THREAD:
+            break
+    torch.set_num_threads(threads)
+    if min(seconds[1]) > LONGEST_FOR_ONE_THREAD:
+        return {}
+    return {"threads": {"plain": min(seconds[threads]), "with": statistics.median(seconds[1])}}
 
 
 def _worth_trying_bf16(has_images: bool) -> bool:

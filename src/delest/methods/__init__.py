@@ -19,6 +19,7 @@ Stage = Literal["process", "build", "wrap", "loss", "optimizer", "backward", "st
 Configs = Mapping[str, dict[str, Any]]  # by name
 NAMES = (  # in the order in which they are applied
     "allocator",
+    "threads",
     "memory_format",
     "precision",
     "activation_checkpointing",

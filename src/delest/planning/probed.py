@@ -144,7 +144,11 @@ def faster(request: Request) -> tuple[list[Choice], list[Rejection]]:
         choices.append(make_choice("memory_format", {"format": "channels_last"}, probe, "the recipe asks for it"))
     if job.recipe.precision == "bf16":
         choices.append(make_choice("precision", {"dtype": "bf16"}, probe, "the recipe asks for it"))
-    configs = {"memory_format": {"format": "channels_last"}, "precision": {"dtype": "bf16"}}
+    configs: dict[str, dict[str, Any]] = {
+        "memory_format": {"format": "channels_last"},
+        "precision": {"dtype": "bf16"},
+        "threads": {"count": 1},
+    }
     for method, times in probe["variants"].items():
         gain = 1 - times["with"] / times["plain"]
         measured = f"{format_seconds(times['with'])} a probe step against {format_seconds(times['plain'])}"

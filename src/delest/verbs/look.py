@@ -93,7 +93,7 @@ def plan_workplace(
     here = machine.describe()
     budget = None if memory is None else units.read_size(memory, here.memory_limit_bytes or here.memory_bytes)
     used = threads or here.cores
-    probe = _examine(place, threads=used, device=device or "auto")
+    probe = _examine(place, threads=used, device=device or "auto", fewer_threads=threads is None)
     if probe["faults"]:
         raise errors.BadInput(probe["faults"])
     idle = machine.resident_bytes() if probe["device"] == "cpu" else probe["idle_bytes"]
@@ -178,7 +178,8 @@ def choose_on_traces(job: Any, *, preprocessing: dict[str, Any], index: list[int
     try:
         found = search.choose(wanted, lambda: (retrace, measure_roofline(request["threads"])))
     except NeedsProbe:
-        found = probed.choose(wanted, *probed.faster(wanted))
+        faster, rejected = probed.faster(wanted)
+        found = probed.choose(search.threaded(wanted, faster), faster, rejected)
     return to_json(found)
 
 
@@ -196,7 +197,7 @@ def check_device(device: str | None) -> None:
         raise errors.BadInput(f"--device cuda cannot be used: {why}. `delest doctor` says more.")
 
 
-def _examine(place: Workplace, *, threads: int, device: str) -> Any:
+def _examine(place: Workplace, *, threads: int, device: str, fewer_threads: bool) -> Any:
     # Loading the framework takes seconds; this process needs it too, and does it while the child works.
     warming = threading.Thread(target=lambda: backend(place.job).warm(), daemon=True)
     if place.job.origin is not None:
@@ -209,6 +210,7 @@ def _examine(place: Workplace, *, threads: int, device: str) -> Any:
         index=[int(row) for row in place.splits["train"][:rows]],
         threads=threads,
         device=device,
+        fewer_threads=fewer_threads,
     )
     if warming.ident is not None:
         warming.join()
