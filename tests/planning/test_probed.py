@@ -139,3 +139,4 @@ def test_one_thread_is_taken_only_where_it_was_faster(seconds, count):
     assert plan.threads == count
     assert (plan.config("threads") == {"count": 1}) == (count == 1)
     assert any("no gain here" in one.why for one in plan.rejected if one.method == "threads") == (count == 2)
+    assert plan.predicted.step_seconds == pytest.approx(0.128 * (seconds if count == 1 else 1.0))

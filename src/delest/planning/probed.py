@@ -76,7 +76,8 @@ def plain_footprint(request: Request, faster: Sequence[Choice]) -> Footprint:
 
 def _predict(request: Request, faster: Sequence[Choice], rows: int) -> Footprint:
     costs, batch = Costs(request.idle_bytes, request.probe), request.job.batch_size
-    seconds = costs.seconds(batch) + sum(choice.cost_seconds or 0.0 for choice in faster) * batch / min(batch, 64)
+    chosen = [request.probe["variants"].get(choice.method) for choice in faster]
+    seconds = costs.seconds(batch) * math.prod(times["with"] / times["plain"] for times in chosen if times)
     return costs.footprint(rows, batch, seconds, request.probe["device"], request.isolated)
 
 
