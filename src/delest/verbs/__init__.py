@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from delest.verbs.devices import read_prices
 from delest.verbs.everything import run
 from delest.verbs.look import doctor, explain, inspect, plan
 from delest.verbs.memory import estimate, measure, measure_script, read_budget, sweep
@@ -30,6 +31,7 @@ __all__ = [
     "predict",
     "progress",
     "read_budget",
+    "read_prices",
     "report",
     "run",
     "shrink",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 from delest import errors, job as jobs, malloc, processes
+from delest.units import read_seconds
 from delest.verbs.workplace import Workplace, backend, check_batch, open_workplace, preprocessing_json
 
 if TYPE_CHECKING:
+    from delest.records.devices import DeviceComparison
     from delest.records.hardware import Diagnosis
     from delest.records.plan import Choice, Plan
     from delest.records.run import Summary
@@ -25,23 +27,59 @@ def inspect(job: Any) -> Summary:
     return open_workplace(jobs.load(job), Progress()).summary
 
 
+@overload
+def plan(
+    job: Any,
+    *,
+    memory: str | int | None = ...,
+    device: str | None = ...,
+    threads: int | None = ...,
+    exact: bool = ...,
+    say: Progress | None = ...,
+) -> Plan: ...
+@overload
+def plan(
+    job: Any,
+    *,
+    memory: str | int | None = ...,
+    time: str | float | None = ...,
+    devices: str | Sequence[str],
+    prices: Mapping[str, float] | None = ...,
+    exact: bool = ...,
+    say: Progress | None = ...,
+) -> DeviceComparison: ...
 def plan(
     job: Any,
     *,
     memory: str | int | None = None,
+    time: str | float | None = None,
+    devices: str | Sequence[str] | None = None,
+    prices: Mapping[str, float] | None = None,
     device: str | None = None,
     threads: int | None = None,
     exact: bool = False,
     say: Progress | None = None,
-) -> Plan:
+) -> Plan | DeviceComparison:
     """Check a job and choose the fastest way to train it within `memory` (bytes, "2GiB", "80%"; None: what is free).
 
-    `exact` leaves out what changes the results by more than rounding.
-    Raises `BadInput` with every fault, `NothingFits` with the smallest budget that works.
+    `exact` leaves out what changes the results by more than rounding. With `devices`, names of the catalogue ("t4,l4,a100" or a sequence),
+    the answer is a `DeviceComparison` instead: for each device, which need not be here, the plan by which the job fits, its time and, by
+    `prices` of an hour, its cost; `memory` is then of each device, and `time` what the whole run may take ("10h", seconds).
+
+    Raises `BadInput` with every fault, `NothingFits` with the smallest budget that works (not with `devices`).
     """
     from delest.training.progress import Progress
 
     say = say or Progress()
+    if devices is not None:
+        if device is not None or threads is not None:
+            raise errors.BadInput("--device and --threads are of this machine: leave them out where devices are compared.")
+        from delest.verbs.devices import compare, offers_of
+
+        offers, seconds = offers_of(devices, prices, memory), None if time is None else read_seconds(time)
+        return compare(open_workplace(jobs.load(job), say), offers, seconds=seconds, exact=exact, say=say)
+    if time is not None or prices:
+        raise errors.BadInput("--time and --price are for comparing devices: name some with --devices, as in t4,l4,a100-80.")
     return plan_workplace(
         open_workplace(jobs.load(job), say), memory=memory, device=device, threads=threads, say=say, exact=exact
     )

@@ -232,8 +232,8 @@ def _sweep_job(
     say.stage(
         f"estimate: tracing two steps of {max(batches)} rows without running them; what is new to this machine is probed once"
     )
-    plan = Plan(batch_size=max(batches), micro_batch=max(batches), choices=_asked(place.job), threads=used)
-    example = _example(place, wishes.get("sequence_length"))
+    plan = Plan(batch_size=max(batches), micro_batch=max(batches), choices=asked_for(place.job), threads=used)
+    example = example_of(place, wishes.get("sequence_length"))
     sizes = [(batch, min(batch, micro_batch or batch)) for batch in batches]
     counted = target.name == "cpu" and target.allocator != "exact"
     with _idle_process(place, used) if counted else contextlib.nullcontext(lambda: None) as idle:
@@ -243,7 +243,7 @@ def _sweep_job(
             target,
             evaluation_rows=lambda rows: rows if rows == micro_batch else max(rows, 256),  # as the session has it
             precision="bf16" if place.job.recipe.precision == "bf16" else "fp32",
-            watched=lambda: _watch(place, used, wishes.get("sequence_length")),
+            watched=lambda: watch(place, used, wishes.get("sequence_length")),
             idle=idle,
         )
     return tuple(found)
@@ -286,7 +286,7 @@ def _as_wished(job: Any, wishes: Mapping[str, Any]) -> jobs.Job:
     return jobs.override(jobs.load(job), changes)
 
 
-def _asked(job: jobs.Job) -> tuple[Choice, ...]:
+def asked_for(job: jobs.Job) -> tuple[Choice, ...]:
     """The methods that the recipe names; those that only a probe can decide on are left out."""
     from delest.records.plan import Choice
 
@@ -298,7 +298,7 @@ def _asked(job: jobs.Job) -> tuple[Choice, ...]:
     return tuple(Choice(method=name, config=config, keeps="changed", why="the recipe asks for it") for name, config in asked)
 
 
-def _example(place: Workplace, length: int | None) -> Any:
+def example_of(place: Workplace, length: int | None) -> Any:
     from delest.backends.torch.loops import with_length
 
     schema = place.source.schema
@@ -308,7 +308,7 @@ def _example(place: Workplace, length: int | None) -> Any:
     return batch if length is None else replace(batch, inputs=with_length(batch.inputs, length))
 
 
-def _watch(place: Workplace, threads: int, length: int | None) -> Any:
+def watch(place: Workplace, threads: int, length: int | None) -> Any:
     """The trace of real steps on few rows, from a child process: for a model that reads values of tensors."""
     from delest.records.form import from_json
     from delest.records.trace import Trace
