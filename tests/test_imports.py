@@ -15,11 +15,14 @@ import delest
 from delest.cli import COMMANDS
 
 PACKAGE = Path(delest.__file__).parent
-FLOOR = {"errors", "records", "metrics", "job", "storage", "processes", "units", "runs", "supervision", "tensors"}
+FLOOR = {
+    "errors", "records", "metrics", "job", "storage", "processes", "units", "runs", "supervision", "tensors", "malloc",
+}  # fmt: skip
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "records": {"errors"},
     "units": {"errors"},
+    "malloc": {"errors"},
     "metrics": {"errors", "records"},
     "job": {"errors", "records", "metrics"},
     "storage": {"errors", "records"},

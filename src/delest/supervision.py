@@ -27,6 +27,7 @@ TRIES = 6  # processes a run may take
 NEAR_BYTES = 8 << 20  # below its budget a run cannot come by allocations that the guard lets through
 _KEPT = ("--time", "--checkpoint-every")  # may be given anew; all else a run knows from its folder
 _DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG, https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
+restartable = False  # this process is delest's own command line, which may be started anew as it was
 
 
 def crash() -> str | None:

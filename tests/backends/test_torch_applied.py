@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import doctest
-import sys
 import warnings
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import delest
-from delest import errors, methods, storage
+from delest import errors, malloc, storage
 from delest.backends.torch.adamw8bit import AdamW8bit
 from delest.records.plan import Choice, Plan
 
@@ -244,14 +243,11 @@ def test_a_plan_comes_from_a_file_and_threads_are_set(tmp_path: Path) -> None:
 
 
 def test_what_must_act_before_the_process_starts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    early = ModuleType("delest.methods.early")
-    early.STAGE, early.conflicts = "process", lambda config, others: None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "delest.methods.early", early)
-    monkeypatch.setattr(methods, "NAMES", (*methods.NAMES, "early"))
+    monkeypatch.setattr(malloc, "current", lambda: "glibc")
     net = model()
-    applied = delest.apply(plan(early={"arenas": 1}), net, torch.optim.SGD(net.parameters(), lr=0.1))
+    applied = delest.apply(plan(allocator={"name": "jemalloc"}), net, torch.optim.SGD(net.parameters(), lr=0.1))
     (line,) = applied.changes
-    assert line.startswith("early: arenas 1; not yet applied")
+    assert line.startswith("allocator: name jemalloc; not yet applied")
     assert "delest exec plan.json -- python train.py" in line
 
 

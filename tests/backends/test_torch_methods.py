@@ -350,7 +350,7 @@ def test_a_weight_that_is_overwritten_before_its_last_use_raises(optimizer: str)
 @pytest.mark.parametrize(
     ("method", "config", "words"),
     [
-        ("micro_batch", {}, "the choice micro_batch lacks config.rows: it should be a number of rows, 1 or more"),
+        ("micro_batch", {}, "the choice micro_batch lacks config.rows: it should be a whole number, 1 or more"),
         ("micro_batch", {"rows": 0}, "the choice micro_batch has 0 as config.rows"),
         ("micro_batch", {"rows": True}, "the choice micro_batch has True as config.rows"),
         ("activation_checkpointing", {}, "lacks config.modules: it should be a list of module names"),

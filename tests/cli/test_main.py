@@ -45,6 +45,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[tuple[Any, ...], d
         "inspect": lambda job: SUMMARY,
         "plan": lambda *a, **k: Plan(batch_size=4, micro_batch=2),
         "verify": lambda *a, **k: VERIFICATION,
+        "environment_for": lambda plan: {},
+        "execute": lambda command, variables: None,
         "estimate": lambda *a, **k: FOOTPRINT,
         "sweep": lambda *a, **k: (FOOTPRINT,),
         "measure": lambda *a, **k: FOOTPRINT,

@@ -321,21 +321,6 @@ def test_a_gpu_counts_what_is_reserved_and_its_context(monkeypatch):
     assert "300" in gauge.notes()[0]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "allocator"),
-    [
-        ("MALLOC_MMAP_THRESHOLD_", "65536", "mmap"),
-        ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=65536", "mmap"),
-        ("GLIBC_TUNABLES", "glibc.malloc.check=1", "glibc"),
-    ],
-)
-def test_a_fixed_threshold_of_malloc_is_seen(monkeypatch, name, value, allocator):
-    for variable in ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv(name, value)
-    assert measurement._allocator() == allocator
-
-
 def test_all_impossible_numbers_are_told_together():
     with pytest.raises(errors.BadInput) as raised:
         measure(small_job(), steps=0, threads=0, index=[])

@@ -6,7 +6,7 @@ import pytest
 
 from delest import errors
 from delest.job import Job, Recipe
-from delest.planning import probed
+from delest.planning import probed, search
 from delest.planning.request import SLACK_BYTES, Request
 from delest.records.form import from_json
 from delest.records.plan import Plan
@@ -160,3 +160,15 @@ def test_where_nothing_fits_the_plan_for_the_smallest_budget_comes_with_it():
     assert plan.memory_bytes == raised.value.smallest_bytes
     assert plan.predicted.high_bytes <= plan.memory_bytes
     assert "no gain here" in next(one.why for one in plan.rejected if one.method == "precision")
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(0.5, 1), (0.98, 2), (1.5, 2)])
+def test_one_thread_is_taken_only_where_it_was_faster(seconds, count):
+    given = Job(data="unused", model=int, batch_size=128)
+    figures = probe(variants={"threads": {"plain": 1.0, "with": seconds}})
+    request = Request(job=given, probe=figures, budget_bytes=10_000 * MIB, asked=True, idle_bytes=100 * MIB, threads=2)
+    plan = search.choose(request)
+    assert plan.threads == count
+    assert (plan.config("threads") == {"count": 1}) == (count == 1)
+    assert any("no gain here" in one.why for one in plan.rejected if one.method == "threads") == (count == 2)
+    assert plan.predicted.step_seconds == pytest.approx(0.128 * (seconds if count == 1 else 1.0))

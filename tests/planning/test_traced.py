@@ -97,7 +97,9 @@ def tracer(job: Job):
     return retrace
 
 
-def request(budget_mib: float, *, model=Network, normalised=False, exact=False, retrace=None, **recipe) -> Request:
+def request(
+    budget_mib: float, *, model=Network, normalised=False, exact=False, retrace=None, allocators=None, **recipe
+) -> Request:
     job = Job(model=model, data="unused", batch_size=BATCH, recipe=Recipe(precision="fp32", **recipe))
     sample = {"rows": 32, "first": 30 * MIB, "steady": 32 * MIB, "evaluation": 20 * MIB, "seconds": 0.5}
     probe = {
@@ -111,7 +113,14 @@ def request(budget_mib: float, *, model=Network, normalised=False, exact=False, 
         "device": "cpu",
     }
     return Request(
-        job=job, probe=probe, budget_bytes=int(budget_mib * MIB), asked=True, idle_bytes=100 * MIB, threads=1, exact=exact
+        job=job,
+        probe=probe,
+        budget_bytes=int(budget_mib * MIB),
+        asked=True,
+        idle_bytes=100 * MIB,
+        threads=1,
+        exact=exact,
+        allocators=allocators or {},
     )
 
 
@@ -224,3 +233,45 @@ def test_choices_are_in_the_order_in_which_they_are_applied(smallest):
     plan, _ = choose(request(smallest[False] / MIB + 1))
     order = [methods.NAMES.index(choice.method) for choice in plan.choices]
     assert order == sorted(order)
+
+
+# Under the default malloc the probe's steps take 32 MiB; a bit less than the trace's own blocks is the least that they can take.
+MAPPED = {"rows": 32, "first": 20 * MIB, "steady": 21 * MIB, "evaluation": 14 * MIB, "seconds": 0.65}
+
+
+def test_another_malloc_is_taken_where_it_makes_room_and_never_where_it_is_only_slower():
+    model = functools.partial(Network, normalised=True)  # exact ones cannot split its batch
+    given = {"model": model, "normalised": True, "exact": True, "allocators": {"mmap": MAPPED}}
+    generous, _ = choose(request(10_000, **given))
+    assert generous.config("allocator") is None
+    with pytest.raises(errors.NothingFits) as raised:
+        choose(request(120, **{**given, "allocators": {}}))
+    alone = raised.value.smallest_bytes / MIB
+    with pytest.raises(errors.NothingFits) as raised:
+        choose(request(120, **given))
+    assert "allocator" in str(raised.value)
+    assert raised.value.smallest_bytes / MIB < alone - 5
+    plan, retrace = choose(request(raised.value.smallest_bytes / MIB, **given))
+    assert plan.config("allocator") == {"name": "mmap"}
+    assert plan.choices[0].method == "allocator"
+    assert plan.choices[0].keeps == "bitwise"
+    assert (plan.predicted.allocator, plan.plain.allocator) == ("mmap", "glibc")
+    assert not any("allocator" in key for key in retrace.traces)  # which it does not change
+    assert "MALLOC_MMAP_THRESHOLD_=65536" in plan.code
+
+
+def test_what_another_malloc_saves_and_costs_adds_up_with_the_rest():
+    plan, _ = choose(request(174, allocators={"mmap": {**MAPPED, "seconds": 0.4}}))  # faster: always the first
+    assert plan.config("allocator") == {"name": "mmap"}
+    saved = sum(choice.saved_bytes or 0 for choice in plan.choices)
+    cost = sum(choice.cost_seconds or 0.0 for choice in plan.choices)
+    assert plan.choices[0].cost_seconds < 0 < plan.choices[0].saved_bytes
+    assert saved == pytest.approx(plan.plain.peak_bytes - plan.predicted.peak_bytes, abs=8)
+    assert cost == pytest.approx(plan.predicted.step_seconds - plan.plain.step_seconds)
+
+
+def test_a_malloc_that_was_not_probed_is_said_not_to_be():
+    plan, _ = choose(request(174))
+    assert "no other than glibc was probed" in next(one.why for one in plan.rejected if one.method == "allocator")
+    plan, _ = choose(request(174, allocators={"mmap": {**MAPPED, "seconds": 50.0}}))
+    assert "a step against" in next(one.why for one in plan.rejected if one.method == "allocator")

@@ -21,7 +21,7 @@ import typer
 from delest import __version__, errors, storage, supervision
 from delest.records.form import to_json
 
-COMMANDS = ("run", "inspect", "estimate", "measure", "plan", "verify", "train", "shrink", "report", "predict", "doctor")
+COMMANDS = ("run", "inspect", "estimate", "measure", "plan", "verify", "exec", "train", "shrink", "report", "predict", "doctor")
 _WHEN_TERMINATED = ("Interrupted", "terminated; what was finished before is kept", 128 + signal.SIGTERM)
 _INTERRUPTED = 130  # 128 + SIGINT
 # Newer versions of typer carry click inside, older ones import it; its base classes have no public name in either.
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (`sys.argv` by default) and return its exit status, which `DelestError.exit_status` names."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     as_json = "--json" in given[: given.index("--") if "--" in given else None]
-    stdout = sys.stdout
+    stdout, supervision.restartable = sys.stdout, arguments is None
     before, _Terminated.received = signal.getsignal(signal.SIGTERM), False
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)  # outside training, which watches for itself

@@ -19,6 +19,7 @@ HOW: options.Group = {
     "steps": options.option(int, "--steps", "real steps that are measured, after one to warm up [5]"),
     "device": options.TRAINING["device"],
     "threads": options.TRAINING["threads"],
+    "allocator": options.option(str, "--allocator", "malloc of the process: glibc, mmap, tcmalloc, jemalloc [glibc]"),
 }
 ENDING: options.Group = {
     "timeline": options.option(bool, "--timeline", "of a script: record one step in detail", undo=False),
@@ -57,7 +58,7 @@ def measure(
         raise errors.BadInput("--timeline is for a script: a job's measurement always has one.")
     say = verbs.progress(quiet=quiet)
     is_bundle = bool(words) and _is_bundle(words[0])
-    if is_bundle and (changes or "steps" in how or "device" in how or "out" in ending):
+    if is_bundle and (changes or how.keys() - {"threads"} or "out" in ending):
         raise errors.BadInput("an exported model takes no option but --threads: the others are for a job.")
     check_page(ending.get("out"))
     given: Any = words[0] if is_bundle else options.read_job(words[0] if words else None, changes)

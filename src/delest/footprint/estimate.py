@@ -110,7 +110,7 @@ def estimate_loop(
     """
     with _threads(target.threads):
         growing = len({rows for _, rows in sizes}) > 1 or evaluation_rows is not None
-        trace, how = _trace(build, max(rows for _, rows in sizes), target, watched, growing)
+        trace, how = trace_on(build, max(rows for _, rows in sizes), target, watched, growing)
         isolated = isolated or how == "trace"
         trace = replace(trace, precision=precision, state_bytes=trace.state_bytes if whole else 0)
         phases = PHASES if whole else STEPS
@@ -130,9 +130,10 @@ def estimate_loop(
         ]
 
 
-def _trace(
+def trace_on(
     build: Callable[[Any], Loop], rows: int, target: Target, watched: Callable[[], Trace], growing: bool
 ) -> tuple[Trace, Literal["trace", "probe"]]:
+    """A trace of the loop on a target, and how it was come by; raises as `estimate_loop` does."""
     try:
         if target.device is None:
             return trace_loop(build, rows, scratch=scratch, growing=growing), "trace"

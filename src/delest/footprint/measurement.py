@@ -7,7 +7,6 @@ with nothing attached; only then a second session is watched operator by operato
 from __future__ import annotations
 
 import itertools
-import os
 import statistics
 import time
 from collections import Counter, deque
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from delest import errors
+from delest import errors, malloc
 from delest.backends.torch import TorchBackend
 from delest.backends.torch.check import Single, check
 from delest.backends.torch.loops import JobLoop
@@ -230,7 +229,7 @@ def _put_together(readings: _Readings, gauge: _Gauge, rows: int) -> Footprint:
         batch_size=rows,
         micro_batch=rows,
         device="cuda" if gauge.on_gpu else "cpu",
-        allocator="cuda" if gauge.on_gpu else _allocator(),
+        allocator="cuda" if gauge.on_gpu else malloc.current(),
         basis="measurement",
         how="run",
     )
@@ -300,9 +299,3 @@ def _spread(seconds: list[float]) -> float:
         return 0.0
     lower, _, upper = statistics.quantiles(seconds, n=4, method="inclusive")
     return upper - lower
-
-
-def _allocator() -> str:
-    """glibc's malloc as it is, or with the threshold fixed above which each block is a mapping of its own (mallopt(3))."""
-    fixed = "MALLOC_MMAP_THRESHOLD_" in os.environ or "glibc.malloc.mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
-    return "mmap" if fixed else "glibc"

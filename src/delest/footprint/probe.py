@@ -6,7 +6,6 @@ ways of computing are faster on this machine.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import statistics
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from delest import malloc
 from delest.backends.torch.check import Single, check
 from delest.backends.torch.session import TorchSession
 from delest.data import Feed, Preprocessing, open_job
@@ -29,11 +29,20 @@ from delest.records.source import Schema
 
 STEPS = 3  # per probed size: the first allocates, the others are timed
 ROUNDS = 4  # per compared variant
+PAIRED_SECONDS = 4.0  # after which no more pairs are timed
+LONGEST_FOR_ONE_THREAD = 0.04  # seconds a step: in a longer one operators are large enough to be divided
 LONGEST_STEP_SECONDS = 4.0
 
 
 def examine(
-    job: Job, *, preprocessing: dict[str, Any], index: list[int], threads: int, device: str, checked_only: bool = False
+    job: Job,
+    *,
+    preprocessing: dict[str, Any],
+    index: list[int],
+    threads: int,
+    device: str,
+    checked_only: bool = False,
+    fewer_threads: bool = False,
 ) -> dict[str, Any]:
     """Check the job on two rows and probe its steps.
 
@@ -41,7 +50,8 @@ def examine(
     before the model), `base_bytes` (what building the session added), `samples` (for each probed size: rows, growth over idle in bytes at
     the first step, at a steady one, in evaluation; seconds a step), `variants` (seconds a step by method and setting),
     `batch_statistics`, `parameters`, `largest_bytes` (of an array of the state), `weights_bytes`, `device`, `device_memory_bytes` (None: it
-    is a processor), `busy` (where others kept the machine busy meanwhile: how that was seen, else empty).
+    is a processor), `busy` (where others kept the machine busy meanwhile: how that was seen, else empty). With `fewer_threads` one thread is
+    tried too.
     """
     torch.set_num_threads(threads)
     device = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -71,8 +81,48 @@ def examine(
         if sample["seconds"] * job.batch_size / rows > LONGEST_STEP_SECONDS:
             break
     result["busy"] = busy.words() if device == "cpu" else ""
-    result["variants"] = _variants(job, plain, source.schema, _first(whole, min(len(index), 64)), threads)
+    few = _first(whole, min(len(index), 64))
+    result["variants"] = _variants(job, plain, source.schema, few, threads)
+    if fewer_threads and threads > 1 and device == "cpu":
+        result["variants"] |= _one_thread(TorchSession(job, plain, source.schema), few, threads)
     return result
+
+
+def examine_allocator(
+    job: Job, *, preprocessing: dict[str, Any], index: list[int], threads: int, plain_seconds: float
+) -> dict[str, Any]:
+    """What a step on the rows `index` takes under the malloc that this process, thought to be fresh, was started with: a sample as
+    `examine` has them.
+
+    Its seconds are those of the default, `plain_seconds`, as much longer or shorter as steps were here: with a fixed threshold beside
+    ones with what is freed kept, alternating; under a library's malloc as they are.
+    """
+    torch.set_num_threads(threads)
+    source = open_job(job)
+    batch = next(Feed(source, np.array(index), from_json(Preprocessing, preprocessing), batch_size=len(index)).ordered())
+    check(job, source.schema, _first(batch, 2), _first(batch, 32))  # what it loads is not the step's
+    plan = Plan(batch_size=job.batch_size, micro_batch=job.batch_size, threads=threads)
+    _release()
+    sample = _probe(job, plan, source.schema, batch, {"idle_bytes": machine.resident_bytes()}, Busyness(threads))
+    if malloc.current() == "mmap":
+        sample["seconds"] = plain_seconds * _threshold_cost(TorchSession(job, plan, source.schema), batch)
+    return sample
+
+
+def _threshold_cost(session: TorchSession, batch: Batch) -> float:
+    """How many times as long a step takes with a fixed mmap threshold as with one that has moved up."""
+    ratios: list[float] = []
+    began = time.perf_counter()
+    while len(ratios) < ROUNDS and (not ratios or time.perf_counter() - began < PAIRED_SECONDS):
+        seconds = []
+        for set_threshold in (malloc.move_threshold, malloc.fix_threshold):
+            set_threshold()
+            float(session.step(batch, 1e-6).loss)  # which fills, or empties, the heap
+            started = time.perf_counter()
+            float(session.step(batch, 1e-6).loss)
+            seconds.append(time.perf_counter() - started)
+        ratios.append(seconds[1] / seconds[0])
+    return statistics.median(ratios)
 
 
 def _sizes(batch_size: int, available: int) -> list[int]:
@@ -137,6 +187,27 @@ def _variants(job: Job, plain: Plan, schema: Schema, batch: Batch, threads: int)
     return found
 
 
+def _one_thread(session: TorchSession, batch: Batch, threads: int) -> dict[str, dict[str, float]]:
+    """Seconds a step in one thread and in all, alternating; none where one takes so long that threads pay.
+
+    One thread must be faster in the median than all of them at their best: beside other processes threads wait for each other at times, and a
+    training lasts longer than a probe.
+    """
+    seconds: dict[int, list[float]] = {threads: [], 1: []}
+    for _ in range(2 * ROUNDS):
+        for count, times in seconds.items():
+            torch.set_num_threads(count)
+            started = time.perf_counter()
+            float(session.step(batch, 1e-6).loss)
+            times.append(time.perf_counter() - started)
+        if min(seconds[1]) > LONGEST_FOR_ONE_THREAD:
+            break
+    torch.set_num_threads(threads)
+    if min(seconds[1]) > LONGEST_FOR_ONE_THREAD:
+        return {}
+    return {"threads": {"plain": min(seconds[threads]), "with": statistics.median(seconds[1])}}
+
+
 def _worth_trying_bf16(has_images: bool) -> bool:
     """bf16 products or convolutions must be faster than fp32 on this machine before a step is tried with them."""
     seconds, kernel = probes.time_precisions(), "convolution" if has_images else "matmul"
@@ -155,11 +226,9 @@ def _first(batch: Batch, rows: int) -> Batch:
 
 
 def _release() -> None:
-    """Give freed memory back to the system, so that the next reading starts clean (glibc keeps it otherwise)."""
+    """Give freed memory back to the system, so that the next reading starts clean (malloc keeps it otherwise)."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    malloc.give_back()
 
 
 def _reset_peak(device: str) -> None:

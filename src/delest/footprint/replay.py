@@ -156,6 +156,11 @@ def _run(make: Callable[[], Allocator] | None, lives: Lives, copied_bytes: int) 
     return _Run(held, _held_with(allocator, copies), getattr(allocator, "peak_allocated_bytes", None))
 
 
+def mapped_bytes(lives: Lives) -> list[int]:
+    """Bytes held while each operator runs under a fixed mmap threshold."""
+    return _run(Mapped, lives, 0).held
+
+
 def _held_with(allocator: Allocator, sizes: Sequence[int]) -> int:
     """What is held once these blocks are allocated too; they are freed again."""
     handles = [allocator.allocate(size) for size in sizes if size]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from delest import processes
+from delest import malloc, processes
 from delest.backends.torch import session as _session  # noqa: F401  a job's process loads it
 from delest.backends.torch.lean import bare_step, spare_the_compiler
 from delest.data import Feed, Preprocessing, open_job
@@ -22,7 +21,7 @@ from delest.hardware import machine, probes
 from delest.job import Job
 from delest.records.form import from_json
 
-MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed blocks go back at once (mallopt(3)), so that only libraries hold on
+MAPPED = malloc.environment("mmap")  # freed blocks go back at once (mallopt(3)), so that only libraries hold on
 
 
 Build = Callable[[int, int], tuple[nn.Module, torch.Tensor]]
@@ -135,7 +134,5 @@ def _allocated(build: Build, size: int, side: int) -> int:
 
 def _settled() -> int:
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    malloc.give_back()
     return machine.resident_bytes()

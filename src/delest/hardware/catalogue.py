@@ -166,7 +166,7 @@ def find_device(name: str) -> Device:
     found = known.get(plain) or (ending.pop() if len(ending) == 1 else None)
     if found is not None:
         return DEVICES[found]
-    near = difflib.get_close_matches(plain, known, n=2)
+    near = difflib.get_close_matches(plain, known, n=2, cutoff=0.5)  # one of two characters
     meant = " or ".join(dict.fromkeys(known[word] for word in near))
     raise errors.BadInput(f"unknown device {name!r}{f': did you mean {meant}?' if meant else '.'} Known: {', '.join(DEVICES)}.")
 

@@ -13,6 +13,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+from delest import malloc
 from delest.records.hardware import Accelerator, Hardware
 
 ROOT = Path("/")
@@ -74,10 +75,8 @@ _ARENA_MAX = -8  # of mallopt(3)
 
 
 def give_back_unused() -> None:
-    """Have glibc give back free memory inside its heap; other C libraries keep theirs."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    """Have malloc give back free memory, where it is one that can."""
+    malloc.give_back()
 
 
 def share_one_heap() -> None:

@@ -20,6 +20,8 @@ Stage = Literal["process", "build", "wrap", "loss", "optimizer", "backward", "st
 Configs = Mapping[str, dict[str, Any]]  # by name
 Settings = Mapping[str, Any]  # what a config must hold: values to choose from, `int` (1 or more) or `list` (of names)
 NAMES = (  # in the order in which they are applied
+    "allocator",
+    "threads",
     "memory_format",
     "precision",
     "activation_checkpointing",
@@ -43,6 +45,16 @@ class Method(Protocol):
 
     def code(self, config: dict[str, Any]) -> str:
         """The equivalent plain PyTorch."""
+
+
+class Starting(Method, Protocol):
+    """A method of the stage `process`: it acts before a process starts."""
+
+    def environment(self, config: dict[str, Any]) -> dict[str, str]:
+        """The variables that a process must be started with."""
+
+    def waits(self, config: dict[str, Any]) -> bool:
+        """Whether this process was not started so, and it is too late for it."""
 
 
 def named(name: str) -> Any:
@@ -88,7 +100,7 @@ def faults(choices: Configs) -> list[str]:
 def _kind_words(kind: Any) -> str:
     if isinstance(kind, tuple):
         return " or ".join(json.dumps(value) for value in kind)
-    return "a number of rows, 1 or more" if kind is int else "a list of module names"
+    return "a whole number, 1 or more" if kind is int else "a list of module names"
 
 
 def _is_of(kind: Any, value: Any) -> bool:
@@ -108,3 +120,18 @@ def configs(plan: Plan) -> dict[str, dict[str, Any]]:
     if wrong := faults(found):
         raise errors.BadInput(wrong)
     return found
+
+
+def environment(plan: Plan) -> dict[str, str]:
+    """The variables that a process must be started with to follow a plan. Raises `BadInput` for what this system does not have."""
+    return {
+        variable: value
+        for name, config in configs(plan).items()
+        if named(name).STAGE == "process"
+        for variable, value in named(name).environment(config).items()
+    }
+
+
+def waiting(plan: Plan) -> list[str]:
+    """The plan's methods that must act before a process starts and cannot act in this one."""
+    return [name for name, config in configs(plan).items() if named(name).STAGE == "process" and named(name).waits(config)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +20,14 @@ TELLING = 0.02  # share of memory that two points of a frontier differ by at the
 
 
 def account_for(
-    found: Candidate, candidates: Sequence[Candidate], base: tuple[Choice, ...], plain: Trace, judge: Judge
+    found: Candidate, candidates: Sequence[Candidate], base: tuple[Choice, ...], plain: Trace, judges: Mapping[str, Judge]
 ) -> Plan:
-    """The plan of a candidate, beside the plain step with `base` alone, whose trace is `plain`."""
+    """The plan of a candidate, beside the plain step with `base` alone, whose trace is `plain`; judges by allocator, the process's first."""
+    judge = next(iter(judges.values()))
     request = judge.request
     batch = request.job.batch_size
     without = Candidate(base, batch, judge.held_bytes(plain, batch), judge.seconds(plain, batch))
-    choices = _explained(found, without, plain, judge)
+    choices = _explained(found, without, plain, judges)
     considered = tuple(_option(one, request) for one in _distinct([found, *candidates])[: SHOWN + 1])
     return Plan(
         choices=choices,
@@ -45,9 +46,10 @@ def account_for(
     )
 
 
-def _explained(found: Candidate, without: Candidate, plain: Trace, judge: Judge) -> tuple[Choice, ...]:
+def _explained(found: Candidate, without: Candidate, plain: Trace, judges: Mapping[str, Judge]) -> tuple[Choice, ...]:
     """The choices in the order in which they are applied, each with what it saves and costs after those before it."""
-    request, trace = judge.request, plain
+    request, trace = next(iter(judges.values())).request, plain
+    judge = judges[found.allocator(request.allocator)]  # which is the first to save
     fit = f"the plain step would need up to {format_bytes(request.high_bytes(without.grown_bytes))}"
     parts = math.ceil(request.job.batch_size / found.rows)
     wanted = {choice.method: choice for choice in found.choices}
@@ -56,7 +58,7 @@ def _explained(found: Candidate, without: Candidate, plain: Trace, judge: Judge)
         wanted["micro_batch"] = make_choice("micro_batch", {"rows": found.rows}, request.probe, why)
     choices = [choice for choice in found.choices if choice.why]
     grown, seconds, rows = without.grown_bytes, without.seconds, without.rows
-    steps = [name for name in (*REWRITES, "micro_batch", "activation_checkpointing") if name in wanted]
+    steps = [name for name in ("allocator", *REWRITES, "micro_batch", "activation_checkpointing") if name in wanted]
     for name in steps:
         trace = REWRITES[name](trace) if name in REWRITES else trace
         rows = found.rows if name == "micro_batch" else rows
@@ -70,10 +72,11 @@ def _explained(found: Candidate, without: Candidate, plain: Trace, judge: Judge)
 
 
 def _facts(choice: Choice) -> dict[str, Any]:
-    return {"blocks": len(choice.config.get("modules", ()))}
+    return {"blocks": len(choice.config.get("modules", ())), "name": choice.config.get("name")}
 
 
 _WHY = {
+    "allocator": "{fit}; {name} holds less beside what lives than the default malloc, which keeps what is freed",
     "activation_checkpointing": "{fit}; the activations of {blocks} blocks are computed again instead of being kept",
     "optimizer_in_backward": "{fit}; each gradient is used and freed as soon as it is complete",
     "optimizer_state": "{fit}, and nothing that keeps the results fits; AdamW's moments take 8 bits",
@@ -92,6 +95,7 @@ def _footprint(candidate: Candidate, request: Request) -> Footprint:
         batch_size=request.job.batch_size,
         micro_batch=candidate.rows,
         device=request.probe["device"],
+        allocator=candidate.allocator(request.allocator) if request.probe["device"] == "cpu" else "cuda",
         basis="estimate",
         how="trace",
         isolated=request.isolated,
@@ -131,7 +135,7 @@ def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def _rejections(found: Candidate, candidates: Sequence[Candidate], request: Request) -> Iterator[Rejection]:
     """Of each method that was not taken the best that it could do."""
-    for name in ("activation_checkpointing", *CONFIGS, "micro_batch"):
+    for name in ("allocator", "activation_checkpointing", *CONFIGS, "micro_batch"):
         if found.uses(name) or (name == "micro_batch" and found.rows < request.job.batch_size):
             continue
         having = [one for one in candidates if one.uses(name) or (name == "micro_batch" and one.rows < request.job.batch_size)]
@@ -154,6 +158,8 @@ def _rejections(found: Candidate, candidates: Sequence[Candidate], request: Requ
 
 def _not_here(name: str, request: Request) -> str:
     """Why no combination has a method."""
+    if name == "allocator":
+        return f"no other than {request.allocator} was probed here"
     if name not in CONFIGS:
         blocks = "the model has no blocks (modules that hold modules) to recompute"
         return blocks if name == "activation_checkpointing" else "the batch cannot be split further"

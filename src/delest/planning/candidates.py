@@ -11,6 +11,7 @@ from typing import Any
 from delest import methods
 from delest.footprint import heap
 from delest.footprint.composition import Lives
+from delest.footprint.replay import mapped_bytes
 from delest.footprint.time import StepTime, operator_seconds, scale, step_time
 from delest.planning.blocks import Block, choose_blocks, find_blocks
 from delest.planning.request import Request, make_choice
@@ -18,7 +19,8 @@ from delest.records.hardware import Roofline
 from delest.records.plan import KEEPS, Choice, Keeps
 from delest.records.trace import Trace
 
-ALLOCATOR = "exact"  # live tensors alone: the probe says what a process holds beyond them
+# The one whose fresh memory is charged: where malloc keeps what is freed, pages are new in the first steps alone.
+FRESH = {"mmap": "mmap"}
 STATE_SHARE = 0.26  # of fp32 moments, in 8 bits with a scale for each 256 of them
 
 
@@ -34,13 +36,19 @@ class Candidate:
     def uses(self, method: str) -> bool:
         return any(choice.method == method for choice in self.choices)
 
+    def allocator(self, default: str) -> str:
+        """The malloc that it would run under."""
+        return next((choice.config["name"] for choice in self.choices if choice.method == "allocator"), default)
+
 
 class Judge:
-    """Bytes and seconds of a trace, scaled by what real steps took."""
+    """Bytes and seconds of a trace under one allocator, scaled by what real steps took under it."""
 
-    def __init__(self, plain: Trace, request: Request, roofline: Roofline):
+    def __init__(self, plain: Trace, request: Request, roofline: Roofline, allocator: str | None = None):
         self.request, self.roofline = request, roofline
-        sample = request.probe["samples"][-1]
+        self.allocator = allocator or request.allocator
+        self._fresh = FRESH.get(self.allocator, "exact")
+        sample = request.sample(self.allocator)
         rows = sample["rows"]
         grown = max(sample[phase] for phase in ("first", "steady", "evaluation"))
         self.ratio = max(1.0, grown / max(1, self._live(plain, rows, rows)))
@@ -70,19 +78,22 @@ class Judge:
 
     def blocks(self, trace: Trace, rows: int) -> list[Block]:
         """The trace's blocks with bytes as this process would hold them; seconds as the roofline has them."""
-        seconds = operator_seconds(trace, self.roofline, rows=rows, allocator=ALLOCATOR)
+        seconds = operator_seconds(trace, self.roofline, rows=rows, allocator=self._fresh)
         return [replace(block, saved_bytes=int(self.ratio * block.saved_bytes)) for block in find_blocks(trace, seconds, rows)]
 
     def _time(self, trace: Trace, rows: int, parts: int) -> StepTime:
-        return step_time(trace, self.roofline, rows=rows, parts=parts, allocator=ALLOCATOR)
+        return step_time(trace, self.roofline, rows=rows, parts=parts, allocator=self._fresh)
 
     def _live(self, trace: Trace, rows: int, batch: int) -> int:
         return max(Lives(trace, rows=rows, evaluation_rows=rows, split=rows < batch).totals())
 
     def _held(self, trace: Trace, rows: int, batch: int) -> int:
-        if not heap.is_here():
-            return self._live(trace, rows, batch)
-        return max(heap.hold(Lives(trace, rows=rows, evaluation_rows=rows, split=rows < batch, resident=True))[1])
+        lives = Lives(trace, rows=rows, evaluation_rows=rows, split=rows < batch, resident=True)
+        if self.allocator == "mmap":
+            return max(mapped_bytes(lives))
+        if self.allocator == "glibc" and heap.is_here():
+            return max(heap.hold(lives)[1])
+        return self._live(trace, rows, batch)
 
 
 def all_candidates(plain: Trace, base: tuple[Choice, ...], judge: Judge) -> list[Candidate]:

@@ -78,7 +78,8 @@ def plain_footprint(request: Request, faster: Sequence[Choice]) -> Footprint:
 
 def _predict(request: Request, faster: Sequence[Choice], rows: int) -> Footprint:
     costs, batch = Costs(request.idle_bytes, request.probe), request.job.batch_size
-    seconds = costs.seconds(batch) + sum(choice.cost_seconds or 0.0 for choice in faster) * batch / min(batch, 64)
+    chosen = [request.probe["variants"].get(choice.method) for choice in faster]
+    seconds = costs.seconds(batch) * math.prod(times["with"] / times["plain"] for times in chosen if times)
     return costs.footprint(rows, batch, seconds, request.probe["device"], request.isolated)
 
 
@@ -149,7 +150,11 @@ def faster(request: Request) -> tuple[list[Choice], list[Rejection]]:
         choices.append(make_choice("memory_format", {"format": "channels_last"}, probe, "the recipe asks for it"))
     if job.recipe.precision == "bf16":
         choices.append(make_choice("precision", {"dtype": "bf16"}, probe, "the recipe asks for it"))
-    configs = {"memory_format": {"format": "channels_last"}, "precision": {"dtype": "bf16"}}
+    configs: dict[str, dict[str, Any]] = {
+        "memory_format": {"format": "channels_last"},
+        "precision": {"dtype": "bf16"},
+        "threads": {"count": 1},
+    }
     for method, times in probe["variants"].items():
         gain = 1 - times["with"] / times["plain"]
         measured = f"{format_seconds(times['with'])} a probe step against {format_seconds(times['plain'])}"

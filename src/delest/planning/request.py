@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from delest import methods
@@ -28,6 +28,15 @@ class Request:
     threads: int
     isolated: bool = True
     exact: bool = False  # only methods that keep the results, bit for bit or to rounding
+    allocator: str = "glibc"  # of the process that was probed
+    allocators: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict
+    )  # others, each with the largest probed sample under it
+
+    def sample(self, allocator: str) -> Mapping[str, Any]:
+        """What the largest probed steps took under an allocator."""
+        found: Mapping[str, Any] = self.probe["samples"][-1] if allocator == self.allocator else self.allocators[allocator]
+        return found
 
     @property
     def least_rows(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from delest import errors
@@ -12,7 +12,7 @@ from delest.planning.request import Request
 from delest.planning.traced import Retrace
 from delest.records.form import to_plain
 from delest.records.hardware import Roofline
-from delest.records.plan import Plan
+from delest.records.plan import Choice, Plan
 
 SHORT_STEP_SECONDS = 0.05  # tracing takes longer than such a step can win back
 
@@ -24,6 +24,7 @@ def choose(request: Request, tracing: Callable[[], tuple[Retrace, Roofline]] | N
     Raises `NothingFits` with the smallest budget that works.
     """
     faster, rejected = probed.faster(request)
+    request = threaded(request, faster)
     plain = probed.plain_footprint(request, faster)
     if plain.high_bytes <= request.budget_bytes:
         return probed.choose(request, faster, rejected)
@@ -39,3 +40,9 @@ def choose(request: Request, tracing: Callable[[], tuple[Retrace, Roofline]] | N
             error.plan["rejected"] = [*to_plain(rejected), *error.plan["rejected"]]
         raise
     return replace(plan, rejected=(*rejected, *plan.rejected))
+
+
+def threaded(request: Request, faster: Sequence[Choice]) -> Request:
+    """A request with the number of threads that was chosen."""
+    count = next((choice.config["count"] for choice in faster if choice.method == "threads"), request.threads)
+    return replace(request, threads=count)

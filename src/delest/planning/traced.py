@@ -8,13 +8,13 @@ machine's speed) comes from real steps that were probed: its bytes and seconds a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from delest import errors
+from delest import errors, methods
 from delest.planning.account import account_for
 from delest.planning.candidates import Candidate, Judge, all_candidates, keeps_of
-from delest.planning.request import EXACT, SLACK_BYTES, Request
+from delest.planning.request import EXACT, SLACK_BYTES, Request, make_choice
 from delest.records.form import to_json
 from delest.records.hardware import Roofline
 from delest.records.plan import Choice, Plan
@@ -22,6 +22,7 @@ from delest.records.trace import Trace
 from delest.units import format_bytes, format_seconds
 
 Retrace = Callable[[tuple[Choice, ...]], Trace]  # the job's step with these methods applied
+Judges = Mapping[str, Judge]  # by allocator; first that of the process which was probed
 
 LOOKED_AT = 4  # of the combinations that seem to fit, once one does
 
@@ -34,24 +35,35 @@ def choose(request: Request, base: tuple[Choice, ...], retrace: Retrace, rooflin
     """
     retrace = _once(retrace)
     plain = retrace(base)
-    judge = Judge(plain, request, roofline)
-    candidates = all_candidates(plain, base, judge)
+    judges = {name: Judge(plain, request, roofline, name) for name in (request.allocator, *request.allocators)}
+    candidates = [one for judge in judges.values() for one in all_candidates(plain, (*_allocator(judge), *base), judge)]
+    candidates.sort(key=lambda one: one.seconds)
     kept = [one for one in candidates if keeps_of(one, request) in EXACT]
     candidates = kept if request.exact else candidates
     for group in (kept, [one for one in candidates if keeps_of(one, request) not in EXACT]):
-        if (found := _fastest(group, judge, retrace)) is not None:
-            return account_for(found, candidates, base, plain, judge)
-    least = _closely(min(candidates, key=lambda one: one.grown_bytes), judge, retrace)
+        if (found := _fastest(group, judges, retrace)) is not None:
+            return account_for(found, candidates, base, plain, judges)
+    least = _closely(min(candidates, key=lambda one: one.grown_bytes), judges, retrace)
     smallest = request.high_bytes(least.grown_bytes) + SLACK_BYTES
-    judge.request = replace(request, budget_bytes=smallest)
-    raise _nothing(least, request, account_for(least, candidates, base, plain, judge), smallest)
+    for judge in judges.values():
+        judge.request = replace(judge.request, budget_bytes=smallest)
+    raise _nothing(least, request, account_for(least, candidates, base, plain, judges), smallest)
+
+
+def _allocator(judge: Judge) -> tuple[Choice, ...]:
+    """The choice of a judge's allocator where it is another than the process's own."""
+    request = judge.request
+    if judge.allocator == request.allocator:
+        return ()
+    return (make_choice("allocator", {"name": judge.allocator}, request.probe, ""),)
 
 
 def _once(retrace: Retrace) -> Retrace:
-    """Each combination of choices is traced once."""
+    """Each combination of choices is traced once, whatever it does before a process starts."""
     traces: dict[str, Trace] = {}
 
     def trace(choices: tuple[Choice, ...]) -> Trace:
+        choices = tuple(choice for choice in choices if methods.named(choice.method).STAGE != "process")
         key = repr([(choice.method, choice.config) for choice in choices])
         if key not in traces:
             traces[key] = retrace(choices)
@@ -60,28 +72,34 @@ def _once(retrace: Retrace) -> Retrace:
     return trace
 
 
-def _fastest(group: Sequence[Candidate], judge: Judge, retrace: Retrace) -> Candidate | None:
+def _fastest(group: Sequence[Candidate], judges: Judges, retrace: Retrace) -> Candidate | None:
     """Of the candidates that seem to fit, fastest first, some looked at closely; the fastest that still fits."""
-    most, best, close = judge.request.most_grown_bytes, None, 0
-    more = 1.0  # what those that were looked at took beyond what was thought
+    request = _request(judges)
+    most, best, close = request.most_grown_bytes, None, 0
+    more = dict.fromkeys(judges, 1.0)  # by allocator: what those that were looked at took beyond what was thought
     for candidate in group:
-        if more * candidate.grown_bytes > most or (best is not None and candidate.seconds >= best.seconds):
+        name = candidate.allocator(request.allocator)
+        if more[name] * candidate.grown_bytes > most or (best is not None and candidate.seconds >= best.seconds):
             continue
         if best is not None and close >= LOOKED_AT:
             break
-        checked, close = _closely(candidate, judge, retrace), close + 1
+        checked, close = _closely(candidate, judges, retrace), close + 1
         if checked.grown_bytes > most:
-            more = max(more, checked.grown_bytes / candidate.grown_bytes)
+            more[name] = max(more[name], checked.grown_bytes / candidate.grown_bytes)
         elif best is None or checked.seconds < best.seconds:
             best = checked
     return best
 
 
-def _closely(candidate: Candidate, judge: Judge, retrace: Retrace) -> Candidate:
+def _closely(candidate: Candidate, judges: Judges, retrace: Retrace) -> Candidate:
     """A candidate as a trace of its own has it, with its methods applied, and as the allocator would hold it."""
-    trace = retrace(candidate.choices)
+    trace, judge = retrace(candidate.choices), judges[candidate.allocator(_request(judges).allocator)]
     grown, seconds = judge.held_bytes(trace, candidate.rows), judge.seconds(trace, candidate.rows)
     return replace(candidate, grown_bytes=grown, seconds=seconds)
+
+
+def _request(judges: Judges) -> Request:
+    return next(iter(judges.values())).request
 
 
 def _nothing(least: Candidate, request: Request, plan: Plan, smallest: int) -> errors.NothingFits:

@@ -55,7 +55,7 @@ class Footprint:
     batch_size: int  # the effective one
     micro_batch: int  # rows that are in memory at once
     device: str = "cpu"
-    allocator: str = "glibc"  # glibc, mmap (fixed threshold), cuda, exact
+    allocator: str = "glibc"  # glibc, mmap (fixed threshold), tcmalloc, jemalloc, cuda, exact
     basis: Literal["estimate", "measurement"]
     how: Literal["trace", "probe", "replay", "run"]
     isolated: bool = True  # measured in a process of its own

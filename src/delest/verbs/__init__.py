@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from delest.verbs.devices import read_prices
 from delest.verbs.everything import run
 from delest.verbs.look import doctor, explain, inspect, plan
 from delest.verbs.memory import estimate, measure, measure_script, read_budget, sweep
 from delest.verbs.own_loop import apply
 from delest.verbs.ship import predict, report, shrink
+from delest.verbs.starting import environment_for, execute
 from delest.verbs.training import train
 from delest.verbs.verification import verify
 
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 __all__ = [
     "apply",
     "doctor",
+    "environment_for",
     "estimate",
+    "execute",
     "explain",
     "inspect",
     "measure",
@@ -27,6 +31,7 @@ __all__ = [
     "predict",
     "progress",
     "read_budget",
+    "read_prices",
     "report",
     "run",
     "shrink",

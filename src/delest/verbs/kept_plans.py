@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _MATTERING = ("OMP_", "MKL_", "KMP_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "CUDA_VISIBLE_DEVICES", "TORCH_", "ONEDNN_")
 
 
-def key_of(place: Workplace, here: Hardware, threads: int, device: str) -> list[Any] | None:
+def key_of(place: Workplace, here: Hardware, threads: int, device: str, fewer_threads: bool) -> list[Any] | None:
     """All that a probe depends on, None for a job that cannot be told from another (one without an origin)."""
     if place.job.origin is None:
         return None
@@ -41,6 +41,7 @@ def key_of(place: Workplace, here: Hardware, threads: int, device: str) -> list[
         preprocessing_json(place),
         code.hexdigest(),
         device,
+        fewer_threads,
         surroundings,
     ]
     about += [here.memory_bytes, here.memory_limit_bytes, sys.version, __version__, own]

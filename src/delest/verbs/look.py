@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-from delest import errors, job as jobs, processes, units
+from delest import errors, job as jobs, malloc, processes, supervision, units
 from delest.verbs import kept_plans
 from delest.verbs.workplace import Workplace, backend, check_batch, given_plan, open_workplace, preprocessing_json
 
 if TYPE_CHECKING:
     from delest.planning.request import Request
+    from delest.records.devices import DeviceComparison
     from delest.records.hardware import Diagnosis, Hardware
     from delest.records.plan import Choice, Plan
     from delest.records.run import Summary
@@ -31,23 +32,59 @@ def inspect(job: Any) -> Summary:
     return open_workplace(jobs.load(job), Progress()).summary
 
 
+@overload
+def plan(
+    job: Any,
+    *,
+    memory: str | int | None = ...,
+    device: str | None = ...,
+    threads: int | None = ...,
+    exact: bool = ...,
+    say: Progress | None = ...,
+) -> Plan: ...
+@overload
+def plan(
+    job: Any,
+    *,
+    memory: str | int | None = ...,
+    time: str | float | None = ...,
+    devices: str | Sequence[str],
+    prices: Mapping[str, float] | None = ...,
+    exact: bool = ...,
+    say: Progress | None = ...,
+) -> DeviceComparison: ...
 def plan(
     job: Any,
     *,
     memory: str | int | None = None,
+    time: str | float | None = None,
+    devices: str | Sequence[str] | None = None,
+    prices: Mapping[str, float] | None = None,
     device: str | None = None,
     threads: int | None = None,
     exact: bool = False,
     say: Progress | None = None,
-) -> Plan:
+) -> Plan | DeviceComparison:
     """Check a job and choose the fastest way to train it within `memory` (bytes, "2GiB", "80%"; None: what is free).
 
-    `exact` leaves out what changes the results by more than rounding.
-    Raises `BadInput` with every fault, `NothingFits` with the smallest budget that works.
+    `exact` leaves out what changes the results by more than rounding. With `devices`, names of the catalogue ("t4,l4,a100" or a sequence),
+    the answer is a `DeviceComparison` instead: for each device, which need not be here, the plan by which the job fits, its time and, by
+    `prices` of an hour, its cost; `memory` is then of each device, and `time` what the whole run may take ("10h", seconds).
+
+    Raises `BadInput` with every fault, `NothingFits` with the smallest budget that works (not with `devices`).
     """
     from delest.training.progress import Progress
 
     say = say or Progress()
+    if devices is not None:
+        if device is not None or threads is not None:
+            raise errors.BadInput("--device and --threads are of this machine: leave them out where devices are compared.")
+        from delest.verbs.devices import compare, offers_of
+
+        offers, seconds = offers_of(devices, prices, memory), None if time is None else units.read_seconds(time)
+        return compare(open_workplace(jobs.load(job), say), offers, seconds=seconds, exact=exact, say=say)
+    if time is not None or prices:
+        raise errors.BadInput("--time and --price are for comparing devices: name some with --devices, as in t4,l4,a100-80.")
     return plan_workplace(
         open_workplace(jobs.load(job), say), memory=memory, device=device, threads=threads, say=say, exact=exact
     )
@@ -72,10 +109,18 @@ def doctor(*, measure: bool = False, clear_cache: bool = False) -> Diagnosis:
 
 
 def plan_workplace(
-    place: Workplace, *, memory: str | int | None, device: str | None, threads: int | None, say: Progress, exact: bool = False
+    place: Workplace,
+    *,
+    memory: str | int | None,
+    device: str | None,
+    threads: int | None,
+    say: Progress,
+    exact: bool = False,
+    startable: bool = True,
 ) -> Plan:
     """The plan for an opened job: checked and probed in a child process, then chosen.
 
+    Unless `startable`, nothing that must act before a process starts.
     Raises `BadInput` for a job that does not work and a budget above the machine's, `NothingFits`.
     """
     from delest.hardware import machine
@@ -88,11 +133,11 @@ def plan_workplace(
     here = machine.describe()
     budget = None if memory is None else units.read_size(memory, here.memory_limit_bytes or here.memory_bytes)
     used = threads or here.cores
-    key = kept_plans.key_of(place, here, used, device or "auto")
+    key = kept_plans.key_of(place, here, used, device or "auto", threads is None)
     probe = kept_plans.kept("job-probe", key)
     if probe is None:
         say.stage("plan: trying the job on two rows and probing a few steps in a process of its own")
-        probe = _examine(place, threads=used, device=device or "auto")
+        probe = _examine(place, threads=used, device=device or "auto", fewer_threads=threads is None)
         if probe["faults"]:
             raise errors.BadInput(probe["faults"])
         if not probe["busy"]:
@@ -107,9 +152,11 @@ def plan_workplace(
         "threads": used,
         "isolated": place.job.origin is not None,
         "exact": exact,
+        "allocator": malloc.started_with(),
     }
     request = Request(job=place.job, **asked)
-    chosen = search.choose(request) or _chosen_on_traces(place, request, asked, key, say)
+    mallocs = malloc.others() if startable else ("mmap",)
+    chosen = search.choose(request) or _chosen_on_traces(place, request, asked, key, mallocs, say)
     place.seconds["planning"] = time.monotonic() - started
     return replace(chosen, made_for=kept_plans.made_for(place, here))
 
@@ -131,16 +178,26 @@ def plan_as_given(place: Workplace, plan: Plan | str | Path, told: Mapping[str, 
     of = f" ({found.made_for['machine']}, and this is {now['machine']})" if "machine" in others else ""
     within = "" if found.memory_bytes is None else f" within its {units.format_bytes(found.memory_bytes)}"
     say.note(f"the plan was made for another {' and another '.join(others)}{of}: planning anew{within}.")
-    return plan_workplace(place, memory=found.memory_bytes, device=None, threads=None, say=say)
+    return plan_workplace(
+        place, memory=found.memory_bytes, device=None, threads=None, say=say, startable=supervision.restartable
+    )
 
 
-def _chosen_on_traces(place: Workplace, request: Request, asked: dict[str, Any], key: list[Any] | None, say: Progress) -> Plan:
+def _chosen_on_traces(
+    place: Workplace, request: Request, asked: dict[str, Any], key: list[Any] | None, mallocs: Sequence[str], say: Progress
+) -> Plan:
+    """What is chosen in a child process over traces, with `mallocs` tried beside this process's own."""
     from delest.records.form import from_json
     from delest.records.plan import Plan
 
-    key = None if key is None else [*key, asked["budget_bytes"], asked["idle_bytes"], asked["exact"], request.probe]
+    key = (
+        None
+        if key is None
+        else [*key, asked["budget_bytes"], asked["idle_bytes"], asked["exact"], request.probe, list(mallocs)]
+    )
     found = kept_plans.kept("job-plan", key)
     if found is None:
+        asked = {**asked, "allocators": _probe_allocators(place, asked["probe"], asked["threads"], say, mallocs)}
         say.stage("plan: the plain step does not fit; comparing combinations of methods on traces of it")
         try:
             found = processes.call(
@@ -182,6 +239,32 @@ def _check_budget(budget: int | None, probe: dict[str, Any], here: Hardware) -> 
         )
 
 
+def _probe_allocators(
+    place: Workplace, probe: dict[str, Any], threads: int, say: Progress, names: Sequence[str]
+) -> dict[str, Any]:
+    """What the largest probed steps take under each of these mallocs, in a process each; none where this process has another than the
+    default, or the job cannot be rebuilt in one."""
+    if probe["device"] != "cpu" or place.job.origin is None or malloc.started_with() != "glibc" or not malloc.is_glibc():
+        return {}
+    sample = probe["samples"][-1]
+    found = {}
+    for name in names:
+        say.stage(f"plan: the plain step does not fit; the same steps with another malloc, {name}, in a process of its own")
+        try:
+            found[name] = processes.call(
+                "delest.footprint.probe:examine_allocator",
+                place.job,
+                environment=malloc.environment(name),
+                preprocessing=preprocessing_json(place),
+                index=[int(row) for row in place.splits["train"][: sample["rows"]]],
+                threads=threads,
+                plain_seconds=sample["seconds"],
+            )
+        except errors.ProbeFailed as error:  # a library that does not work with this build of torch is no choice
+            say.note(f"{name} is left out: {error}")
+    return found
+
+
 def choose_on_traces(job: Any, *, preprocessing: dict[str, Any], index: list[int], request: dict[str, Any]) -> dict[str, Any]:
     """The plan as JSON for a job whose plain step does not fit; called through `delest.processes`, since tracing loads what training
     does without. A model that branches on data cannot be traced: the largest micro-batch that fits is then its plan."""
@@ -210,7 +293,8 @@ def choose_on_traces(job: Any, *, preprocessing: dict[str, Any], index: list[int
     try:
         found = search.choose(wanted, lambda: (retrace, measure_roofline(request["threads"])))
     except NeedsProbe:
-        found = probed.choose(wanted, *probed.faster(wanted))
+        faster, rejected = probed.faster(wanted)
+        found = probed.choose(search.threaded(wanted, faster), faster, rejected)
     return to_json(found)
 
 
@@ -228,7 +312,7 @@ def check_device(device: str | None) -> None:
         raise errors.BadInput(f"--device cuda cannot be used: {why}. `delest doctor` says more.")
 
 
-def _examine(place: Workplace, *, threads: int, device: str) -> Any:
+def _examine(place: Workplace, *, threads: int, device: str, fewer_threads: bool) -> Any:
     # Loading the framework takes seconds; this process needs it too, and does it while the child works.
     warming = threading.Thread(target=lambda: backend(place.job).warm(), daemon=True)
     if place.job.origin is not None:
@@ -241,6 +325,7 @@ def _examine(place: Workplace, *, threads: int, device: str) -> Any:
         index=[int(row) for row in place.splits["train"][:rows]],
         threads=threads,
         device=device,
+        fewer_threads=fewer_threads,
     )
     if warming.ident is not None:
         warming.join()

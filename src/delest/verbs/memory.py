@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delest import errors, job as jobs, processes
+from delest import errors, job as jobs, malloc, processes
 from delest.verbs.look import check_device
 from delest.verbs.workplace import Workplace, check_batch, open_workplace, preprocessing_json
 
@@ -107,12 +107,14 @@ def measure(
     steps: int = 5,
     threads: int | None = None,
     device: str | None = None,
+    allocator: str | None = None,
     rows: Sequence[int] = (1, 32),
     timeline: bool = True,
     say: Progress | None = None,
 ) -> Footprint | Latency:
     """Run real training steps of a job in a fresh process, or time a bundle (a folder with an exported model) on `rows`.
 
+    `allocator` is the malloc that the process is started with: glibc (default), mmap, tcmalloc or jemalloc where they are installed.
     Raises `BadInput` where there is neither, or with every fault of the job; `OutOfMemory` where its steps do not fit.
     """
     from delest.hardware import machine
@@ -129,18 +131,28 @@ def measure(
         return measure_bundle(folder, rows=rows, threads=threads)
     check_device(device)
     faults = [f"{steps!r} steps cannot be measured: give 1 or more."] if not _counts(steps) else []
+    variables: dict[str, str] = {}
+    try:
+        variables = malloc.environment(allocator or "glibc")
+    except errors.BadInput as error:
+        faults += error.faults
     if threads is not None and not _counts(threads):
         faults.append(f"{threads!r} threads cannot compute: give 1 or more.")
     if faults:
         raise errors.BadInput(faults)
     place = open_workplace(jobs.load(job_or_bundle), say)
     check_batch(place)
+    if variables and place.job.origin is None:
+        raise errors.BadInput(
+            f"--allocator {allocator}: a job given as Python objects cannot be measured in another process; put it in a file."
+        )
     say.stage(f"measure: {steps} real steps in a process of its own")
     index = place.splits["train"][: place.job.batch_size * (steps + 3)]
     found = processes.call(
         "delest.footprint.measurement:measure_job",
         place.job,
         timeout=3600.0,
+        environment=variables,
         preprocessing=preprocessing_json(place),
         index=[int(row) for row in index],
         threads=threads or machine.describe().cores,
@@ -220,8 +232,8 @@ def _sweep_job(
     say.stage(
         f"estimate: tracing two steps of {max(batches)} rows without running them; what is new to this machine is probed once"
     )
-    plan = Plan(batch_size=max(batches), micro_batch=max(batches), choices=_asked(place.job), threads=used)
-    example = _example(place, wishes.get("sequence_length"))
+    plan = Plan(batch_size=max(batches), micro_batch=max(batches), choices=asked_for(place.job), threads=used)
+    example = example_of(place, wishes.get("sequence_length"))
     sizes = [(batch, min(batch, micro_batch or batch)) for batch in batches]
     counted = target.name == "cpu" and target.allocator != "exact"
     with _idle_process(place, used) if counted else contextlib.nullcontext(lambda: None) as idle:
@@ -231,7 +243,7 @@ def _sweep_job(
             target,
             evaluation_rows=lambda rows: rows if rows == micro_batch else max(rows, 256),  # as the session has it
             precision="bf16" if place.job.recipe.precision == "bf16" else "fp32",
-            watched=lambda: _watch(place, used, wishes.get("sequence_length")),
+            watched=lambda: watch(place, used, wishes.get("sequence_length")),
             idle=idle,
         )
     return tuple(found)
@@ -274,7 +286,7 @@ def _as_wished(job: Any, wishes: Mapping[str, Any]) -> jobs.Job:
     return jobs.override(jobs.load(job), changes)
 
 
-def _asked(job: jobs.Job) -> tuple[Choice, ...]:
+def asked_for(job: jobs.Job) -> tuple[Choice, ...]:
     """The methods that the recipe names; those that only a probe can decide on are left out."""
     from delest.records.plan import Choice
 
@@ -286,7 +298,7 @@ def _asked(job: jobs.Job) -> tuple[Choice, ...]:
     return tuple(Choice(method=name, config=config, keeps="changed", why="the recipe asks for it") for name, config in asked)
 
 
-def _example(place: Workplace, length: int | None) -> Any:
+def example_of(place: Workplace, length: int | None) -> Any:
     from delest.backends.torch.loops import with_length
 
     schema = place.source.schema
@@ -296,7 +308,7 @@ def _example(place: Workplace, length: int | None) -> Any:
     return batch if length is None else replace(batch, inputs=with_length(batch.inputs, length))
 
 
-def _watch(place: Workplace, threads: int, length: int | None) -> Any:
+def watch(place: Workplace, threads: int, length: int | None) -> Any:
     """The trace of real steps on few rows, from a child process: for a model that reads values of tensors."""
     from delest.records.form import from_json
     from delest.records.trace import Trace

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delest import __version__, errors, job as jobs, runs, storage, supervision, units
+from delest import __version__, errors, job as jobs, malloc, runs, storage, supervision, units
 from delest.records.footprint import Footprint
 from delest.records.form import read_json, read_object
 from delest.records.plan import Plan
@@ -19,6 +19,7 @@ from delest.records.run import Best, Run
 from delest.training import limit
 from delest.verbs.look import plan_as_given, plan_workplace
 from delest.verbs.preview import train_preview
+from delest.verbs.starting import plan_of_before, start_with
 from delest.verbs.workplace import (
     Workplace,
     backend,
@@ -116,6 +117,7 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
         with contextlib.nullcontext() if hold is None else hold.released():
             place = open_workplace(loaded, say, folder if settings.resume else None)
             plan = _plan(place, settings, folder, say)
+            start_with(plan, place.seconds.get("planning", 0.0))
         with limit.held(guarded_bytes(plan)):
             return _train_as_planned(place, plan, folder, settings, say, verb)
 
@@ -218,12 +220,17 @@ def _limits(settings: Settings) -> Any:
 
 
 def _plan(place: Workplace, settings: Settings, folder: Path, say: Progress) -> Plan:
+    before = plan_of_before()
     if settings.resume:
         check_same_data(folder, place)
         return read_json(Plan, folder / "plan.json")
+    if before is not None:
+        place.seconds |= before.seconds
+        return before
     given = settings.plan
     if given is None:
-        return plan_workplace(place, memory=settings.memory, device=settings.device, threads=settings.threads, say=say)
+        wishes: dict[str, Any] = {name: getattr(settings, name) for name in ("memory", "device", "threads")}
+        return plan_workplace(place, **wishes, say=say, startable=supervision.restartable)
     return plan_as_given(place, given, {name: getattr(settings, name) for name in ("memory", "device", "threads")}, say)
 
 
@@ -322,6 +329,7 @@ def _measured(run: Run, idle: int, peak: int, trainer: Trainer) -> Footprint:
         batch_size=run.plan.batch_size,
         micro_batch=run.plan.micro_batch,
         device=run.plan.device,
+        allocator=malloc.current() if run.plan.device == "cpu" else "cuda",
         basis="measurement",
         how="run",
         isolated=False,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delest import errors, job as jobs, processes
+from delest.methods import environment
 from delest.records.form import from_json, to_json
 from delest.records.plan import Plan
 from delest.records.verification import MethodCheck, ResumeCheck, Verification
@@ -85,6 +86,7 @@ def _compare(place: Workplace, plan: Plan, say: Progress) -> tuple[int, tuple[Me
         "delest.footprint.comparison:compare",
         place.job,
         timeout=LONGEST_SECONDS,
+        environment=environment(plan),
         preprocessing=preprocessing_json(place),
         plan=to_json(plan),
         rates=_rates(place),
@@ -159,6 +161,7 @@ def _train_briefly(place: Workplace, plan: Plan, folder: Path, **how: Any) -> Ma
         "delest.verbs.verification:train_briefly",
         place.job,
         timeout=LONGEST_SECONDS,
+        environment=environment(plan),
         preprocessing=preprocessing_json(place),
         plan=to_json(plan),
         folder=str(folder),

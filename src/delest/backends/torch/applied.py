@@ -173,10 +173,11 @@ _NOTES = {  # what a loop body of one's own must know
 
 def _changes(plan: Plan, given: torch.optim.Optimizer, now: torch.optim.Optimizer) -> tuple[str, ...]:
     lines = [f"threads: torch.set_num_threads({plan.threads})"] if plan.threads else []
+    waiting = techniques.waiting(plan)
     for name, config in techniques.configs(plan).items():
         settings = ", ".join(f"{key} {_words(value)}" for key, value in config.items())
         line = f"{name}: {settings}" if settings else name
-        if techniques.named(name).STAGE == "process":
+        if name in waiting:
             line += "; not yet applied, it must act before the process starts: delest exec plan.json -- python train.py"
         lines.append(line + _NOTES.get(name, ""))
     if now is not given:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from delest.backends.torch.methods.optimizer_in_backward import Updates
     from delest.records.plan import Plan
 
-BEFORE_OPTIMIZER: tuple[methods.Stage, ...] = ("build", "wrap", "loss")
+BEFORE_OPTIMIZER: tuple[methods.Stage, ...] = ("process", "build", "wrap", "loss")
 AFTER_OPTIMIZER: tuple[methods.Stage, ...] = ("optimizer", "backward", "step")
 
 

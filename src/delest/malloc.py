@@ -1,0 +1,129 @@
+"""The malloc that a process has, by name: how the environment of a process that starts asks for one, and which one this process has.
+
+PyTorch takes CPU tensors from it. `glibc` is the C library's as it comes, which keeps freed blocks; `mmap` the same with a fixed threshold
+from which on each block is a mapping that goes back when it is freed (mallopt(3)); `tcmalloc` and `jemalloc` come before it as
+libraries (ld.so(8), LD_PRELOAD), where the system has them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from delest import errors
+
+LIBRARIES = {
+    "tcmalloc": ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4"),
+    "jemalloc": ("libjemalloc.so.2",),
+}
+NAMES = ("glibc", "mmap", *LIBRARIES)
+THRESHOLD_BYTES = 64 << 10
+_LARGEST_THRESHOLD_BYTES = 32 << 20  # up to which glibc's own threshold moves on machines of 64 bits
+_THRESHOLD_VARIABLE, _TUNABLE = "MALLOC_MMAP_THRESHOLD_", "glibc.malloc.mmap_threshold"
+_FOLDERS = ("/usr/lib", "/usr/lib64", "/lib", "/usr/local/lib", f"/usr/lib/{platform.machine()}-linux-gnu")
+_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES, _MMAP_THRESHOLD = -1, 128 << 10, -3  # of mallopt(3), and its default
+_ALL_ARENAS = b"arena.4096.purge"  # jemalloc(3), MALLCTL_ARENAS_ALL
+_fixed = False  # this process's threshold, after it started
+
+
+def is_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
+
+
+def others() -> tuple[str, ...]:
+    """What this machine can give a process in place of its default, by name."""
+    if not is_glibc():
+        return ()
+    return ("mmap", *(name for name in LIBRARIES if _library(name) is not None))
+
+
+def environment(name: str, given: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables that a process must be started with so that it has this malloc; none for the default.
+
+    `given` is the environment that they go over. Raises `BadInput` for a name that is not known and for a library that is not here.
+    """
+    if name not in NAMES:
+        raise errors.BadInput(f"unknown allocator {name!r}: use {', '.join(NAMES)}.")
+    if name == "glibc":
+        return {}
+    if name == "mmap":
+        return {_THRESHOLD_VARIABLE: str(THRESHOLD_BYTES)}
+    found = _library(name)
+    if found is None:
+        raise errors.BadInput(
+            f"the allocator {name} is not on this system ({' or '.join(LIBRARIES[name])} in {', '.join(map(str, _folders()))}): "
+            "install it with the system's packages, or make a plan here."
+        )
+    return {"LD_PRELOAD": ":".join([str(found), *filter(None, [given.get("LD_PRELOAD")])])}
+
+
+def started_with(variables: Mapping[str, str] = os.environ) -> str:
+    """The malloc that an environment asks for."""
+    loaded = variables.get("LD_PRELOAD", "")
+    for name, files in LIBRARIES.items():
+        if any(file.partition(".so")[0] in loaded for file in files):
+            return name
+    fixed = _THRESHOLD_VARIABLE in variables or _TUNABLE in variables.get("GLIBC_TUNABLES", "")
+    return "mmap" if fixed else "glibc"
+
+
+def current() -> str:
+    """The malloc that this process has."""
+    this = ctypes.CDLL(None)
+    for name, function in (("tcmalloc", "MallocExtension_ReleaseFreeMemory"), ("jemalloc", "mallctl")):
+        if hasattr(this, function):
+            return name
+    started = started_with()
+    return "mmap" if _fixed or started == "mmap" else "glibc"
+
+
+def fix_threshold() -> bool:
+    """Fix the threshold in this process, for as long as it lives; False where its malloc has none."""
+    global _fixed
+    if current() in LIBRARIES or not _mallopt(THRESHOLD_BYTES, _TRIM_THRESHOLD_BYTES):
+        return False
+    _fixed = True
+    give_back()
+    return True
+
+
+def move_threshold() -> bool:
+    """Have the threshold where glibc itself moves it to in a process that allocates large blocks: what is freed is kept.
+
+    For the two to be timed beside each other in one process, which glibc's own moving of it does not survive.
+    """
+    global _fixed
+    moved = current() not in LIBRARIES and _mallopt(_LARGEST_THRESHOLD_BYTES, 2 * _LARGEST_THRESHOLD_BYTES)
+    _fixed = _fixed and not moved
+    return moved
+
+
+def give_back() -> None:
+    """Have malloc give back to the system what is free; other C libraries keep theirs."""
+    this = ctypes.CDLL(None)
+    if hasattr(this, "MallocExtension_ReleaseFreeMemory"):
+        this.MallocExtension_ReleaseFreeMemory()
+    elif hasattr(this, "mallctl"):
+        this.mallctl(_ALL_ARENAS, None, None, None, ctypes.c_size_t(0))
+    elif hasattr(this, "malloc_trim"):
+        this.malloc_trim(0)
+
+
+def _mallopt(threshold_bytes: int, trim_bytes: int) -> bool:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not is_glibc():
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, threshold_bytes)) and bool(mallopt(_TRIM_THRESHOLD, trim_bytes))
+
+
+def _library(name: str) -> Path | None:
+    return next((path for file in LIBRARIES[name] for folder in _folders() if (path := folder / file).is_file()), None)
+
+
+def _folders() -> list[Path]:
+    named = [Path(folder) for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
+    return [*named, Path(sys.prefix, "lib"), *map(Path, _FOLDERS)]
