@@ -21,6 +21,7 @@ NAMES = (  # in the order in which they are applied
     "memory_format",
     "precision",
     "activation_checkpointing",
+    "layered_accumulation",
     "optimizer_state",
     "optimizer_in_backward",
     "micro_batch",
