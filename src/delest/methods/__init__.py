@@ -22,6 +22,7 @@ NAMES = (  # in the order in which they are applied
     "precision",
     "activation_checkpointing",
     "layered_accumulation",
+    "chunked_loss",
     "optimizer_state",
     "optimizer_in_backward",
     "micro_batch",
