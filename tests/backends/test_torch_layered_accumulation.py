@@ -289,6 +289,37 @@ def test_rows_that_depend_on_each_other_are_found_out(block: Any, words: str) ->
             np.testing.assert_array_equal(made.weights()[key], array)
 
 
+def test_running_out_of_memory_is_no_fault_of_the_block() -> None:
+    class Failing(Centred):
+        def forward(self, x: Tensor) -> Tensor:
+            torch.empty(1 << 60)
+            return self.layer(x)
+
+    made = session(layered(4, ["1"]), lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), Failing(), nn.Linear(WIDTH, 3)))
+    with pytest.raises(errors.OutOfMemory, match="forward"):
+        made.step(batch(0), 1.0)
+
+
+def test_running_out_of_memory_again_leaves_the_weights_in_their_places() -> None:
+    class Greedy(Centred):
+        """Fails when it runs with gradients on a part, after the rows were compared one by one."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.is_grad_enabled() and len(x) > 1:
+                torch.empty(1 << 60)
+            return self.layer(x)
+
+    made = session(layered(4, ["1"]), lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), Greedy(), nn.Linear(WIDTH, 3)))
+    own = made.model[1].layer.weight
+    before = made.weights()
+    with pytest.raises(errors.OutOfMemory, match="backward"):
+        made.step(batch(0), 1.0)
+    assert made.model[1].layer.weight is own
+    assert all(parameter.grad is None for parameter in made.model.parameters())
+    for key, array in before.items():
+        np.testing.assert_array_equal(made.weights()[key], array)
+
+
 def test_a_functional_dropout_is_taken_where_rows_are_independent() -> None:
     class Dropping(Centred):
         def forward(self, x: Tensor) -> Tensor:

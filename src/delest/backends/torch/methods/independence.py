@@ -45,6 +45,10 @@ def check(call: Call, tensors: Sequence[Tensor]) -> None:
         with call.precision():
             fault = _fault(call, tensors)
     except RuntimeError as error:
+        from delest.backends.torch.session import _is_out_of_memory  # which imports the methods
+
+        if _is_out_of_memory(error, guarded=True):
+            raise
         fault = f"fails on single rows of its batch ({where(error)})"
     finally:
         randomness.restore(before)
