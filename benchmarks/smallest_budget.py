@@ -1,12 +1,12 @@
 """How little memory a job can train in at the same effective batch, against the plain step with `torch.optim.AdamW` as it comes.
 
-    python benchmarks/smallest_budget.py [--only JOB] [--minutes N]
+    python benchmarks/smallest_budget.py [--only JOB] [--minutes N] [--plans FOLDER]
 
 For each job planning says which combination takes the least memory, of those that it expects to take at most 1.7 times as long as the
 plain step: of all methods, and of those that keep the results (`--exact`). Both are then run for real, as is the plain step, each in a
 process of its own: the peak is the high-water mark of the resident set above the warm idle process, over three steps and one
 evaluation (the plain step: three steps), with malloc's mmap threshold fixed at 64 KiB, on one thread. The plans without micro-batches
-are run beside them. Times are processor seconds of one process that makes the plain step and each plan's in turn; the ratio is the
+are run beside them. A folder of plans keeps them between invocations (JOB.json), as planning takes longer than measuring. Times are processor seconds of one process that makes the plain step and each plan's in turn; the ratio is the
 median of these pairs.
 """
 
@@ -43,9 +43,12 @@ TIME_BOUND = 1.7
 LIMIT_SECONDS = 3600.0
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
+def measure(name: str, folder: Path, plans: Path) -> dict[str, Any]:
     """One row: a job with its plans, their peaks and their times."""
-    planned = child("plan", name)
+    kept = plans / f"{name}.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(child("plan", name)))
+    planned = json.loads(kept.read_text())
     paths = {}
     for what, made in planned.pop("plans").items():
         paths[what] = folder / f"{name}-{what.replace(', ', '-').replace(' ', '-')}.json"
@@ -123,13 +126,15 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    options = results_file.read_options(__doc__.splitlines()[0], list(CLASSES))
+    options = results_file.read_options(
+        __doc__.splitlines()[0], list(CLASSES), plans="folder that keeps plans, so that they are made once"
+    )
     rows = {row["row"]: row for row in results_file.kept_rows("smallest_budget")}
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only:
             if name not in rows and time.monotonic() - started < 60 * options.minutes:
-                rows[name] = measure(name, Path(folder))
+                rows[name] = measure(name, Path(folder), Path(options.plans or folder))
                 results_file.write_results("smallest_budget", [rows[one] for one in CLASSES if one in rows], [])
                 show(rows[name])
     complete = [rows[name] for name in CLASSES if name in rows]

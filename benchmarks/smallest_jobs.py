@@ -44,7 +44,7 @@ def gpt() -> delest.Job:
 
 
 def encoder() -> delest.Job:
-    return job(lambda: Text(width=384, layers=4), tokens(192, 2000), SEQUENCES)
+    return job(lambda: Text(width=384, layers=6), tokens(192, 2000), SEQUENCES)
 
 
 def deep() -> delest.Job:
