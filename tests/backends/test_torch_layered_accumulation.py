@@ -289,6 +289,27 @@ def test_rows_that_depend_on_each_other_are_found_out(block: Any, words: str) ->
             np.testing.assert_array_equal(made.weights()[key], array)
 
 
+def test_what_remembers_earlier_calls_is_named() -> None:
+    class Cache:
+        seen: Tensor | None = None
+
+    class Remembering(Centred):
+        def forward(self, x: Tensor, cache: Cache) -> Tensor:
+            cache.seen = x if cache.seen is None else torch.cat([cache.seen, x], 1)
+            return self.layer(cache.seen)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.head = Remembering(), nn.Linear(WIDTH, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.block(x, Cache()))
+
+    with pytest.raises(errors.BadInput, match="given a Cache, which may keep something"):
+        session(layered(4, ["block"]), Model).step(batch(0), 1.0)
+
+
 def test_running_out_of_memory_is_no_fault_of_the_block() -> None:
     class Failing(Centred):
         def forward(self, x: Tensor) -> Tensor:

@@ -84,6 +84,10 @@ class Call:
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self._places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        plain = (Tensor, str, int, float, type(None))
+        self.objects = [
+            type(leaf).__name__ for leaf in leaves if not isinstance(leaf, plain)
+        ]  # which may remember earlier calls
         self.rows = next((len(tensor) for tensor in self.tensors if tensor.ndim), 0)
         if self.rows == 0:
             raise errors.BadInput(f"layered_accumulation: the block {name!r} is called without a tensor that has rows.")

@@ -56,7 +56,8 @@ def check(call: Call, tensors: Sequence[Tensor]) -> None:
         if versions.get(name) != (buffer, buffer._version):
             fault = fault or f"changes its buffer {name!r} in every forward, which parts would do several times"
     if fault is not None:
-        raise errors.BadInput(f"layered_accumulation: the block {call.name!r} {fault}: leave it out.")
+        held = f" (it is given a {call.objects[0]}, which may keep something from call to call)" if call.objects else ""
+        raise errors.BadInput(f"layered_accumulation: the block {call.name!r} {fault}{held}: leave it out.")
 
 
 def _fault(call: Call, tensors: Sequence[Tensor]) -> str | None:
