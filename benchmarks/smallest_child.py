@@ -144,13 +144,18 @@ def _tensors(batch: Any) -> Any:
     return replace(batch, inputs=torch.from_numpy(batch.inputs), targets=torch.from_numpy(batch.targets))
 
 
-def planned_step(job: Any, place: Any, batch: Any, path: str, *, evaluating: bool) -> Callable[[], float]:
-    from delest.backends.torch.check import Single
-    from delest.backends.torch.session import TorchSession
+def read_plan(path: str) -> Any:
     from delest.records.form import read_json
     from delest.records.plan import Plan
 
-    session = TorchSession(job, read_json(Plan, Path(path)), place.source.schema)
+    return read_json(Plan, Path(path))
+
+
+def planned_step(job: Any, place: Any, batch: Any, plan: Any, *, evaluating: bool) -> Callable[[], float]:
+    from delest.backends.torch.check import Single
+    from delest.backends.torch.session import TorchSession
+
+    session = TorchSession(job, plan, place.source.schema)
 
     def step() -> float:
         loss = float(session.step(batch, 1.0).loss)
@@ -167,12 +172,13 @@ def memory(name: str, path: str) -> dict[str, Any]:
     from delest.hardware import machine
 
     job, place, batch = prepared(name)
+    plan = None if path == "plain" else read_plan(path)  # what reads plans is loaded in any process that follows one
     warm_up()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     idle = machine.resident_bytes()
     machine.reset_peak()
-    step = plain_step(job, batch) if path == "plain" else planned_step(job, place, batch, path, evaluating=True)
+    step = plain_step(job, batch) if plan is None else planned_step(job, place, batch, plan, evaluating=True)
     losses = [step() for _ in range(STEPS)]
     return {"idle_bytes": idle, "peak_bytes": machine.peak_resident_bytes() - idle, "losses": losses}
 
@@ -181,7 +187,7 @@ def times(name: str, paths: list[str]) -> dict[str, Any]:
     job, place, batch = prepared(name)
     warm_up()
     steps = {"plain": plain_step(job, batch)}
-    steps |= {path: planned_step(job, place, batch, path, evaluating=False) for path in paths}
+    steps |= {path: planned_step(job, place, batch, read_plan(path), evaluating=False) for path in paths}
     seconds: dict[str, list[float]] = {path: [] for path in steps}
     for _ in range(PAIRS + 1):
         for path, step in steps.items():
