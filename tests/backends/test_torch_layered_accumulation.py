@@ -289,6 +289,32 @@ def test_rows_that_depend_on_each_other_are_found_out(block: Any, words: str) ->
             np.testing.assert_array_equal(made.weights()[key], array)
 
 
+def test_a_tensor_that_is_as_long_as_a_later_batch_is_not_divided() -> None:
+    class Masking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 4)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return torch.einsum("btd,tu->bud", self.layer(x), mask)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.head = Masking(), nn.Linear(4 * WIDTH, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.block(x[:, :, None], torch.ones(WIDTH, WIDTH, dtype=x.dtype).tril()).flatten(1))
+
+    def losses(chosen: Plan) -> list[float]:
+        made = session(chosen, Model, double=True)
+        return [float(made.step(batch(seed, np.float64, rows), 1.0).loss) for seed, rows in enumerate((ROWS, WIDTH, 1, ROWS))]
+
+    np.testing.assert_allclose(losses(layered(6, ["block"])), losses(plan()), rtol=1e-9)
+    with pytest.raises(errors.BadInput, match="fails on single rows"):  # loudly where nothing was seen before
+        session(layered(6, ["block"]), Model, double=True).step(batch(0, np.float64, WIDTH), 1.0)
+
+
 def test_what_remembers_earlier_calls_is_named() -> None:
     class Cache:
         seen: Tensor | None = None

@@ -75,10 +75,11 @@ def slices(rows: int, parts: int) -> list[slice]:
 class Call:
     """One call of a block: where its tensors stand among the arguments, which of them have the batch's rows, and autocast around it.
 
-    The tensors themselves are not kept. Raises `BadInput` where none has rows.
+    `divided` says which tensors have rows where an earlier call has shown it: later a batch may have as many rows as another
+    tensor is long. The tensors themselves are not kept. Raises `BadInput` where none has rows.
     """
 
-    def __init__(self, name: str, block: Forward, arguments: Any):
+    def __init__(self, name: str, block: Forward, arguments: Any, divided: list[bool] | None = None):
         self.name, self.block = name, block
         leaves, self._shape = tree_flatten(arguments)
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -88,10 +89,16 @@ class Call:
         self.objects = [
             type(leaf).__name__ for leaf in leaves if not isinstance(leaf, plain)
         ]  # which may remember earlier calls
-        self.rows = next((len(tensor) for tensor in self.tensors if tensor.ndim), 0)
-        if self.rows == 0:
-            raise errors.BadInput(f"layered_accumulation: the block {name!r} is called without a tensor that has rows.")
-        self.divided = [bool(tensor.ndim) and len(tensor) == self.rows for tensor in self.tensors]
+        if divided is None or len(divided) != len(self.tensors):
+            rows = next((len(tensor) for tensor in self.tensors if tensor.ndim), 0)
+            divided = [bool(tensor.ndim) and len(tensor) == rows for tensor in self.tensors]
+        self.divided = divided
+        lengths = {len(tensor) if tensor.ndim else 0 for tensor, cut in zip(self.tensors, divided, strict=True) if cut}
+        if len(lengths) != 1 or 0 in lengths:
+            raise errors.BadInput(
+                f"layered_accumulation: the block {name!r} is called without tensors that have the same rows."
+            )
+        (self.rows,) = lengths
         self._device = self.tensors[0].device.type
         self._autocast = (torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device))
 

@@ -46,16 +46,16 @@ class InParts(Forward):
     def __init__(self, name: str, module: nn.Module, parts: int):
         super().__init__(module)
         self.name, self.parts = name, parts
-        self.checked = False  # that rows are independent, on the first batch that has values
+        self.divided: list[bool] | None = None  # which tensors have rows, once rows were seen to be independent
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         if not (self.module.training and torch.is_grad_enabled()):
             return self.forward(*inputs, **named)
-        call = Call(self.name, self, (inputs, named))
+        call = Call(self.name, self, (inputs, named), self.divided)
         tensors, call.tensors = call.tensors, []
-        if not self.checked and call.rows > 1 and not is_fake(tensors[0]):
+        if call.divided is not self.divided and call.rows > 1 and not is_fake(tensors[0]):
             independence.check(call, tensors)
-            self.checked = True
+            self.divided = call.divided
         run = _Run(call, slices(call.rows, self.parts), list(self.module.parameters()))
         made = _InParts.apply(run, *tensors, *run.parameters)
         assert run.outputs is not None
