@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
 Stage = Literal["process", "build", "wrap", "loss", "optimizer", "backward", "step"]
 Configs = Mapping[str, dict[str, Any]]  # by name
-Settings = Mapping[str, Any]  # what a config must hold: values to choose from, `int` (1 or more) or `list` (of names)
+Settings = Mapping[
+    str, Any
+]  # what a config must hold: values to choose from, `int` (1 or more), `str` (a name) or `list` (of names)
 NAMES = (  # in the order in which they are applied
     "allocator",
     "threads",
     "memory_format",
     "precision",
     "activation_checkpointing",
+    "layered_accumulation",
+    "chunked_loss",
     "optimizer_state",
     "optimizer_in_backward",
     "micro_batch",
@@ -100,7 +104,7 @@ def faults(choices: Configs) -> list[str]:
 def _kind_words(kind: Any) -> str:
     if isinstance(kind, tuple):
         return " or ".join(json.dumps(value) for value in kind)
-    return "a whole number, 1 or more" if kind is int else "a list of module names"
+    return {int: "a whole number, 1 or more", str: "a module's name", list: "a list of module names"}[kind]
 
 
 def _is_of(kind: Any, value: Any) -> bool:
@@ -108,6 +112,8 @@ def _is_of(kind: Any, value: Any) -> bool:
         return value in kind
     if kind is int:
         return type(value) is int and value >= 1
+    if kind is str:
+        return isinstance(value, str)
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 

@@ -36,7 +36,7 @@ def account_for(
         memory_bytes=request.budget_bytes if request.asked else None,
         predicted=_footprint(found, request),
         plain=_footprint(without, request),
-        rejected=tuple(_rejections(found, candidates, request)),
+        rejected=tuple(_rejections(found, candidates, judge)),
         threads=request.threads,
         device=request.probe["device"],
         frontier=_frontier(candidates, request),
@@ -58,12 +58,13 @@ def _explained(found: Candidate, without: Candidate, plain: Trace, judges: Mappi
         wanted["micro_batch"] = make_choice("micro_batch", {"rows": found.rows}, request.probe, why)
     choices = [choice for choice in found.choices if choice.why]
     grown, seconds, rows = without.grown_bytes, without.seconds, without.rows
-    steps = [name for name in ("allocator", *REWRITES, "micro_batch", "activation_checkpointing") if name in wanted]
+    order = ("allocator", *REWRITES, "micro_batch", "activation_checkpointing", "layered_accumulation")
+    steps = [name for name in order if name in wanted]
     for name in steps:
-        trace = REWRITES[name](trace) if name in REWRITES else trace
+        trace = REWRITES[name](trace, wanted[name].config) if name in REWRITES else trace
         rows = found.rows if name == "micro_batch" else rows
         last = name == steps[-1]
-        after = found.grown_bytes if last else judge.held_bytes(trace, rows)
+        after = found.grown_bytes if last else judge.held_bytes(trace, rows, found.choices)
         then = found.seconds if last else judge.seconds(trace, rows)
         why = wanted[name].why or _WHY[name].format(fit=fit, **_facts(wanted[name]))
         choices.append(replace(wanted[name], why=why, saved_bytes=int(grown - after), cost_seconds=then - seconds))
@@ -72,12 +73,15 @@ def _explained(found: Candidate, without: Candidate, plain: Trace, judges: Mappi
 
 
 def _facts(choice: Choice) -> dict[str, Any]:
-    return {"blocks": len(choice.config.get("modules", ())), "name": choice.config.get("name")}
+    config = choice.config
+    return {"blocks": len(config.get("modules", ())), "parts": config.get("parts"), "name": config.get("name")}
 
 
 _WHY = {
     "allocator": "{fit}; {name} holds less beside what lives than the default malloc, which keeps what is freed",
     "activation_checkpointing": "{fit}; the activations of {blocks} blocks are computed again instead of being kept",
+    "chunked_loss": "{fit}; logits are made and used up in {parts} parts",
+    "layered_accumulation": "{fit}; {blocks} blocks are computed again and differentiated in {parts} parts of the batch, one after the other",
     "optimizer_in_backward": "{fit}; each gradient is used and freed as soon as it is complete",
     "optimizer_state": "{fit}, and nothing that keeps the results fits; AdamW's moments take 8 bits",
 }
@@ -106,7 +110,7 @@ def _option(candidate: Candidate, request: Request) -> Option:
     names = [choice.method for choice in candidate.choices]
     return Option(
         methods=tuple(names),
-        blocks=next((len(one.config["modules"]) for one in candidate.choices if one.method == "activation_checkpointing"), 0),
+        blocks=next((len(one.config["modules"]) for one in candidate.choices if "modules" in one.config), 0),
         micro_batch=candidate.rows,
         peak_bytes=request.idle_bytes + int(candidate.grown_bytes),
         step_seconds=candidate.seconds,
@@ -133,14 +137,15 @@ def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
     return list(seen.values())
 
 
-def _rejections(found: Candidate, candidates: Sequence[Candidate], request: Request) -> Iterator[Rejection]:
+def _rejections(found: Candidate, candidates: Sequence[Candidate], judge: Judge) -> Iterator[Rejection]:
     """Of each method that was not taken the best that it could do."""
-    for name in ("allocator", "activation_checkpointing", *CONFIGS, "micro_batch"):
+    request = judge.request
+    for name in ("allocator", "activation_checkpointing", "layered_accumulation", "chunked_loss", *CONFIGS, "micro_batch"):
         if found.uses(name) or (name == "micro_batch" and found.rows < request.job.batch_size):
             continue
         having = [one for one in candidates if one.uses(name) or (name == "micro_batch" and one.rows < request.job.batch_size)]
         if not having:
-            yield Rejection(method=name, why=_not_here(name, request))
+            yield Rejection(method=name, why=judge.refused.get(name) or _not_here(name, request))
             continue
         fitting = [one for one in having if one.grown_bytes <= request.most_grown_bytes]
         fitting.sort(key=lambda one: keeps_of(one, request) not in EXACT)
@@ -162,6 +167,8 @@ def _not_here(name: str, request: Request) -> str:
         return f"no other than {request.allocator} was probed here"
     if name not in CONFIGS:
         blocks = "the model has no blocks (modules that hold modules) to recompute"
-        return blocks if name == "activation_checkpointing" else "the batch cannot be split further"
+        logits = "no last linear layer has outputs that are much of the peak"
+        known = {"activation_checkpointing": blocks, "layered_accumulation": blocks, "chunked_loss": logits}
+        return known.get(name, "the batch cannot be split further")
     reasons = methods.conflicts({name: CONFIGS[name]}, methods.of_recipe(request.job.recipe))
     return reasons[0].partition(": ")[2] if reasons else "it changes the results, and exact ones are asked for"

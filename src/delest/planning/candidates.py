@@ -14,6 +14,7 @@ from delest.footprint.composition import Lives
 from delest.footprint.replay import mapped_bytes
 from delest.footprint.time import StepTime, operator_seconds, scale, step_time
 from delest.planning.blocks import Block, choose_blocks, find_blocks
+from delest.planning.parts import PARTS, evaluation_rows, find_head, in_chunks, in_layers, launching
 from delest.planning.request import Request, make_choice
 from delest.records.hardware import Roofline
 from delest.records.plan import KEEPS, Choice, Keeps
@@ -48,6 +49,7 @@ class Judge:
         self.request, self.roofline = request, roofline
         self.allocator = allocator or request.allocator
         self._fresh = FRESH.get(self.allocator, "exact")
+        self.refused: dict[str, str] = {}  # methods that do not suit the model, with the reason
         sample = request.sample(self.allocator)
         rows = sample["rows"]
         grown = max(sample[phase] for phase in ("first", "steady", "evaluation"))
@@ -56,14 +58,16 @@ class Judge:
         self._probe_seconds: float = sample["seconds"]
         self._probe_time = self._time(plain, rows, 1)
 
-    def bytes(self, trace: Trace, rows: int) -> float:
+    def bytes(self, trace: Trace, rows: int, choices: Sequence[Choice] = ()) -> float:
         """Above the idle process, at the peak of a step on the whole batch in parts of `rows`."""
-        return self.ratio * self._live(trace, rows, self.request.job.batch_size)
+        batch = self.request.job.batch_size
+        return self.ratio * self._live(trace, rows, batch, evaluation_rows(choices, rows, batch))
 
-    def held_bytes(self, trace: Trace, rows: int) -> float:
+    def held_bytes(self, trace: Trace, rows: int, choices: Sequence[Choice] = ()) -> float:
         """The same with the allocator's own share as its replay has it: smaller blocks than the probe's wait in its heap for reuse."""
-        held = self._heap_ratio * self._held(trace, rows, self.request.job.batch_size)
-        return max(held, self.bytes(trace, rows))
+        batch = self.request.job.batch_size
+        held = self._heap_ratio * self._held(trace, rows, batch, evaluation_rows(choices, rows, batch))
+        return max(held, self.bytes(trace, rows, choices))
 
     def seconds(self, trace: Trace, rows: int) -> float:
         """Of a step on the whole batch in parts of `rows`."""
@@ -84,32 +88,34 @@ class Judge:
     def _time(self, trace: Trace, rows: int, parts: int) -> StepTime:
         return step_time(trace, self.roofline, rows=rows, parts=parts, allocator=self._fresh)
 
-    def _live(self, trace: Trace, rows: int, batch: int) -> int:
-        return max(Lives(trace, rows=rows, evaluation_rows=rows, split=rows < batch).totals())
+    def _live(self, trace: Trace, rows: int, batch: int, evaluated: int | None = None) -> int:
+        return max(Lives(trace, rows=rows, evaluation_rows=evaluated or rows, split=rows < batch).totals())
 
-    def _held(self, trace: Trace, rows: int, batch: int) -> int:
-        lives = Lives(trace, rows=rows, evaluation_rows=rows, split=rows < batch, resident=True)
+    def _held(self, trace: Trace, rows: int, batch: int, evaluated: int | None = None) -> int:
+        lives = Lives(trace, rows=rows, evaluation_rows=evaluated or rows, split=rows < batch, resident=True)
         if self.allocator == "mmap":
             return max(mapped_bytes(lives))
         if self.allocator == "glibc" and heap.is_here():
             return max(heap.hold(lives)[1])
-        return self._live(trace, rows, batch)
+        return self._live(trace, rows, batch, evaluated)
 
 
 def all_candidates(plain: Trace, base: tuple[Choice, ...], judge: Judge) -> list[Candidate]:
     """Every combination at every number of parts, with as few blocks recomputed as the budget asks for, and with all of them."""
     request, found = judge.request, []
-    for configs in _combinations(request):
+    for configs in _combinations(request, configs_of(plain, judge)):
         trace = plain
-        for name in configs:
-            trace = REWRITES[name](trace)
+        for name, config in configs.items():
+            trace = REWRITES[name](trace, config)
         chosen = (*base, *(make_choice(name, config, request.probe, "") for name, config in configs.items()))
         whole = bool(methods.conflicts({**configs, "micro_batch": {"rows": 1}}))
         for parts in [1] if whole else _part_counts(request):
             rows = math.ceil(request.job.batch_size / parts)
-            grown, seconds = judge.bytes(trace, rows), judge.seconds(trace, rows)
+            grown, seconds = judge.bytes(trace, rows, chosen), judge.seconds(trace, rows)
             found.append(Candidate(chosen, rows, grown, seconds))
             blocks = judge.blocks(trace, rows)
+            if parts == 1:
+                found += _layered(trace, chosen, blocks, seconds, judge)
             wanted = {choose_blocks(blocks, grown - request.most_grown_bytes), tuple(block.name for block in blocks)}
             for recomputed in sorted(names for names in wanted if names):
                 saved = [block.saved_bytes for block in blocks if block.name in recomputed]
@@ -124,12 +130,33 @@ def all_candidates(plain: Trace, base: tuple[Choice, ...], judge: Judge) -> list
     return sorted(found, key=lambda one: one.seconds)
 
 
-def _combinations(request: Request) -> Iterator[dict[str, dict[str, Any]]]:
+def _layered(
+    trace: Trace, chosen: tuple[Choice, ...], blocks: Sequence[Block], seconds: float, judge: Judge
+) -> Iterator[Candidate]:
+    """The whole batch with all blocks taken in parts, at each number of parts."""
+    request, names = judge.request, [block.name for block in blocks]
+    if not names or "layered_accumulation" in judge.refused:
+        return
+    for parts in [count for count in PARTS if count <= request.job.batch_size]:
+        choices = (*chosen, make_choice("layered_accumulation", {"modules": names, "parts": parts}, request.probe, ""))
+        again = judge.recomputing(blocks, names, 1) + launching(trace, names, parts, judge.roofline)
+        rows = request.job.batch_size
+        yield Candidate(choices, rows, judge.bytes(in_layers(trace, names, parts), rows, choices), seconds + again)
+
+
+def configs_of(plain: Trace, judge: Judge) -> dict[str, dict[str, Any]]:
+    """Of the methods that are on or off: those that suit the model."""
+    head = find_head(plain, judge.request.job.batch_size)
+    offered = dict(CONFIGS) if head is None else {**CONFIGS, "chunked_loss": head}
+    return {name: config for name, config in offered.items() if name not in judge.refused}
+
+
+def _combinations(request: Request, offered: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, dict[str, Any]]]:
     """Methods that go together with each other and with the recipe, with their configurations; first none."""
     recipe = methods.of_recipe(request.job.recipe)
-    for count in range(len(CONFIGS) + 1):
-        for names in itertools.combinations(CONFIGS, count):
-            configs = {name: CONFIGS[name] for name in names}
+    for count in range(len(offered) + 1):
+        for names in itertools.combinations(offered, count):
+            configs = {name: offered[name] for name in names}
             if not methods.conflicts(configs, recipe):
                 yield configs
 
@@ -154,7 +181,7 @@ def keeps_of(candidate: Candidate, request: Request) -> Keeps:
 # Rewriting a trace: what a method does to it, near enough to rank combinations
 
 
-def _in_backward(trace: Trace) -> Trace:
+def _in_backward(trace: Trace, config: Mapping[str, Any]) -> Trace:
     """Each gradient is gone once its parameter is updated, right after it was made."""
     storages = trace.storages
     dies = [
@@ -164,7 +191,7 @@ def _in_backward(trace: Trace) -> Trace:
     return replace(trace, storages=replace(storages, dies=dies))
 
 
-def _in_eight_bits(trace: Trace) -> Trace:
+def _in_eight_bits(trace: Trace, config: Mapping[str, Any]) -> Trace:
     storages = trace.storages
     sizes = [
         size * STATE_SHARE if category == "optimizer" and size > 4 * 4096 else size
@@ -173,12 +200,13 @@ def _in_eight_bits(trace: Trace) -> Trace:
     return replace(trace, storages=replace(storages, fixed_bytes=sizes))
 
 
-REWRITES: Mapping[str, Callable[[Trace], Trace]] = {
+REWRITES: Mapping[str, Callable[[Trace, Mapping[str, Any]], Trace]] = {
+    "chunked_loss": in_chunks,
     "optimizer_in_backward": _in_backward,
     "optimizer_state": _in_eight_bits,
 }
 CONFIGS: Mapping[str, dict[str, Any]] = {"optimizer_in_backward": {}, "optimizer_state": {"bits": 8}}
-_AGAIN = (*REWRITES, "activation_checkpointing")
+_AGAIN = (*REWRITES, "activation_checkpointing", "layered_accumulation")
 
 
 def _checkpoints(names: Sequence[str], probe: Mapping[str, Any]) -> Choice:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from delest import errors
 from delest.planning import probed, traced
 from delest.planning.request import Request
-from delest.planning.traced import Retrace
+from delest.planning.traced import Refusal, Retrace
 from delest.records.form import to_plain
 from delest.records.hardware import Roofline
 from delest.records.plan import Choice, Plan
@@ -17,10 +17,13 @@ from delest.records.plan import Choice, Plan
 SHORT_STEP_SECONDS = 0.05  # tracing takes longer than such a step can win back
 
 
-def choose(request: Request, tracing: Callable[[], tuple[Retrace, Roofline]] | None = None) -> Plan | None:
+def choose(
+    request: Request, tracing: Callable[[], tuple[Retrace, Roofline] | tuple[Retrace, Roofline, Refusal]] | None = None
+) -> Plan | None:
     """The plan for a request; None where only traces can tell, and `tracing` is not given.
 
-    `tracing` gives what traces the job's step with methods applied, and this machine's rates.
+    `tracing` gives what traces the job's step with methods applied, this machine's rates, and what tells
+    whether a real step with them is refused (default: none is).
     Raises `NothingFits` with the smallest budget that works.
     """
     faster, rejected = probed.faster(request)

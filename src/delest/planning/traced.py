@@ -13,7 +13,8 @@ from dataclasses import replace
 
 from delest import errors, methods
 from delest.planning.account import account_for
-from delest.planning.candidates import Candidate, Judge, all_candidates, keeps_of
+from delest.planning.candidates import Candidate, Judge, all_candidates, configs_of, keeps_of
+from delest.planning.parts import PARTS
 from delest.planning.request import EXACT, SLACK_BYTES, Request, make_choice
 from delest.records.form import to_json
 from delest.records.hardware import Roofline
@@ -23,11 +24,18 @@ from delest.units import format_bytes, format_seconds
 
 Retrace = Callable[[tuple[Choice, ...]], Trace]  # the job's step with these methods applied
 Judges = Mapping[str, Judge]  # by allocator; first that of the process which was probed
+Refusal = Callable[[tuple[Choice, ...]], str | None]  # why a real step with these methods is refused
 
 LOOKED_AT = 4  # of the combinations that seem to fit, once one does
 
 
-def choose(request: Request, base: tuple[Choice, ...], retrace: Retrace, roofline: Roofline) -> Plan:
+def choose(
+    request: Request,
+    base: tuple[Choice, ...],
+    retrace: Retrace,
+    roofline: Roofline,
+    refusal: Refusal | None = None,
+) -> Plan:
     """The fastest plan that fits; `base` are the choices that were made before, as a probe saw them gain.
 
     Methods that change the results enter only where nothing else fits, and never where `request.exact`.
@@ -36,6 +44,9 @@ def choose(request: Request, base: tuple[Choice, ...], retrace: Retrace, rooflin
     retrace = _once(retrace)
     plain = retrace(base)
     judges = {name: Judge(plain, request, roofline, name) for name in (request.allocator, *request.allocators)}
+    refused = _refused(plain, base, judges[request.allocator], refusal or _by_trace(retrace))
+    for judge in judges.values():
+        judge.refused = refused
     candidates = [one for judge in judges.values() for one in all_candidates(plain, (*_allocator(judge), *base), judge)]
     candidates.sort(key=lambda one: one.seconds)
     kept = [one for one in candidates if keeps_of(one, request) in EXACT]
@@ -56,6 +67,27 @@ def _allocator(judge: Judge) -> tuple[Choice, ...]:
     if judge.allocator == request.allocator:
         return ()
     return (make_choice("allocator", {"name": judge.allocator}, request.probe, ""),)
+
+
+def _refused(plain: Trace, base: tuple[Choice, ...], judge: Judge, refusal: Refusal) -> dict[str, str]:
+    """Methods that not every model takes, tried: their reasons by name where this one does not."""
+    request = judge.request
+    blocks = [block.name for block in judge.blocks(plain, request.job.batch_size)]
+    tried = {"layered_accumulation": {"modules": blocks, "parts": PARTS[0]}} if blocks else {}
+    tried |= {name: config for name, config in configs_of(plain, judge).items() if name == "chunked_loss"}
+    reasons = {name: refusal((*base, make_choice(name, config, request.probe, ""))) for name, config in tried.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _by_trace(retrace: Retrace) -> Refusal:
+    def refusal(choices: tuple[Choice, ...]) -> str | None:
+        try:
+            retrace(choices)
+        except errors.BadInput as error:
+            return error.faults[0]
+        return None
+
+    return refusal
 
 
 def _once(retrace: Retrace) -> Retrace:
@@ -94,7 +126,8 @@ def _fastest(group: Sequence[Candidate], judges: Judges, retrace: Retrace) -> Ca
 def _closely(candidate: Candidate, judges: Judges, retrace: Retrace) -> Candidate:
     """A candidate as a trace of its own has it, with its methods applied, and as the allocator would hold it."""
     trace, judge = retrace(candidate.choices), judges[candidate.allocator(_request(judges).allocator)]
-    grown, seconds = judge.held_bytes(trace, candidate.rows), judge.seconds(trace, candidate.rows)
+    grown = judge.held_bytes(trace, candidate.rows, candidate.choices)
+    seconds = judge.seconds(trace, candidate.rows)
     return replace(candidate, grown_bytes=grown, seconds=seconds)
 
 

@@ -272,6 +272,8 @@ def choose_on_traces(job: Any, *, preprocessing: dict[str, Any], index: list[int
     import torch
 
     from delest.backends.torch.loops import JobLoop
+    from delest.backends.torch.model import where
+    from delest.backends.torch.session import TorchSession
     from delest.backends.torch.trace import NeedsProbe, trace_loop
     from delest.data import Feed, Preprocessing, open_job
     from delest.footprint.scratch import scratch
@@ -289,9 +291,19 @@ def choose_on_traces(job: Any, *, preprocessing: dict[str, Any], index: list[int
         plan = Plan(batch_size=job.batch_size, micro_batch=job.batch_size, choices=choices, threads=request["threads"])
         return trace_loop(lambda mode: JobLoop(job, plan, source.schema, example), job.batch_size, scratch=scratch)
 
+    def refusal(choices: tuple[Choice, ...]) -> str | None:
+        plan = Plan(batch_size=job.batch_size, micro_batch=job.batch_size, choices=choices, threads=request["threads"])
+        try:
+            TorchSession(job, plan, source.schema).step(example, 1e-6)
+        except errors.BadInput as error:
+            return " ".join(error.faults)
+        except Exception as error:  # whatever stands in a method's way in this model, the others are still compared
+            return f"a step with it fails: {where(error)}"
+        return None
+
     wanted = Request(job=job, **request)
     try:
-        found = search.choose(wanted, lambda: (retrace, measure_roofline(request["threads"])))
+        found = search.choose(wanted, lambda: (retrace, measure_roofline(request["threads"]), refusal))
     except NeedsProbe:
         faster, rejected = probed.faster(wanted)
         found = probed.choose(search.threaded(wanted, faster), faster, rejected)

@@ -111,6 +111,9 @@ class Applied:
         """At most `rows` rows of a batch are in memory at once from now on."""
         self.rows = rows
 
+    def evaluate_in_parts(self, parts: int) -> None:
+        """Evaluation is the loop's own affair."""
+
     def _check(self, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
         """Raise `BadInput` with all that stands against the plan here."""
         configs = techniques.configs(plan)

@@ -135,7 +135,8 @@ class Recorder(TorchDispatchMode):
             if self.phase == "forward":
                 self.phase = "backward"
                 self._keep_activations()
-            if self._stack:  # recomputed inside the backward pass
+            if self._stack:  # recomputed inside the backward pass, and perhaps differentiated there
+                self._makers.setdefault(torch._C._autograd._get_sequence_nr() - 1, self._stack[-1])
                 return "backward", self._stack[-1]
             return "backward", self._makers.get(node._sequence_nr(), "")
         module = self._stack[-1] if self._stack else ""

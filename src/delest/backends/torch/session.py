@@ -69,6 +69,10 @@ class TorchSession:
         """At most `rows` rows of a batch are in memory at once from now on."""
         self.parts, self.evaluation_rows = math.ceil(self.job.batch_size / rows), rows
 
+    def evaluate_in_parts(self, parts: int) -> None:
+        """Evaluation takes a batch in so many parts from now on."""
+        self.evaluation_rows = min(self.evaluation_rows, math.ceil(self.job.batch_size / parts))
+
     # One step
 
     def step(self, batch: Batch, rate: float) -> Step:

@@ -30,6 +30,9 @@ class Training(Protocol):
     def split(self, rows: int) -> None:
         """At most `rows` rows of a batch are in memory at once from now on."""
 
+    def evaluate_in_parts(self, parts: int) -> None:
+        """Evaluation takes a batch in so many parts, as it would need more memory than the steps otherwise."""
+
 
 def apply_stages(plan: Plan, training: Training, stages: tuple[methods.Stage, ...]) -> None:
     """Apply the plan's choices of these stages, in the order of `methods.NAMES`; raises `BadInput` where one does not apply."""

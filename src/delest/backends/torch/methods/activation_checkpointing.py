@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from delest import errors
 from delest.backends.torch.lean import spare_the_compiler_when_checkpointing
+from delest.backends.torch.methods.blocks import Forward, blocks_named
 
 if TYPE_CHECKING:
     from delest.backends.torch.methods import Training
@@ -27,64 +27,23 @@ _Place = tuple[nn.Module, str]  # a buffer: the module that owns it, its name th
 
 def apply(training: Training, config: dict[str, Any]) -> None:
     """Raises `BadInput` with every name that cannot be checkpointed."""
-    modules = _modules(training.model, config["modules"])
+    modules = blocks_named(training.model, config["modules"], "activation_checkpointing")
     spare_the_compiler_when_checkpointing()
-    for module in modules:
-        module.forward = Recomputed(module)  # on the instance: names, hooks, class and state stay as they are
+    for module in modules.values():
+        module.forward = Recomputed(module)
 
 
-def _modules(model: nn.Module, names: list[str]) -> list[nn.Module]:
-    known = dict(model.named_modules(remove_duplicate=False))
-    faults = [f"the model has no module {name!r}." for name in names if name not in known]
-    found = {name: known[name] for name in names if name in known}
-    faults += [
-        f"the module {inner!r} is inside {outer!r}, which is checkpointed too: name one of them."
-        for outer in found
-        for inner in found
-        if inner != outer and (outer == "" or inner.startswith(f"{outer}."))
-    ]
-    faults += [
-        f"the module {name!r}, a {type(module).__name__}, has no forward of its own: name its children."
-        for name, module in found.items()
-        if type(module).forward is nn.Module.forward
-    ]
-    faults += [
-        f"the module {name!r} is checkpointed already."
-        for name, module in found.items()
-        if isinstance(module.forward, Recomputed)
-    ]
-    faults += [
-        f"the module {name!r} is scripted: name modules before torch.jit.script."
-        for name, module in found.items()
-        if isinstance(module, torch.jit.ScriptModule)
-    ]
-    if not names:
-        faults.append("checkpointing was chosen without a module.")
-    if len({id(module) for module in found.values()}) < len(names) and not faults:
-        faults.append("the same module is named twice.")
-    if faults:
-        raise errors.BadInput(faults)
-    return list(found.values())
-
-
-class Recomputed:
+class Recomputed(Forward):
     """A module's forward that keeps its inputs alone, where gradients are computed in training mode."""
 
     def __init__(self, module: nn.Module):
-        self.module = module
-        self.own = vars(module).get("forward")  # None: the class's
+        super().__init__(module)
         self.changing: set[_Place] | None = None  # buffers that the forward was seen to change, None: not run yet
-        self.__signature__ = inspect.signature(module.forward)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         if not (self.module.training and torch.is_grad_enabled()):
-            return self._forward(*inputs, **named)
-        return _checkpoint(self._forward, *inputs, use_reentrant=False, context_fn=_Run(self).contexts, **named)
-
-    def _forward(self, *inputs: Any, **named: Any) -> Any:
-        if self.own is not None:
-            return self.own(*inputs, **named)
-        return type(self.module).forward(self.module, *inputs, **named)
+            return self.forward(*inputs, **named)
+        return _checkpoint(self.forward, *inputs, use_reentrant=False, context_fn=_Run(self).contexts, **named)
 
 
 # The wrapper imports the compiler, only to keep it away from a function that nothing compiles.
