@@ -224,7 +224,7 @@ def test_a_disk_that_fills_up_while_training_leaves_the_last_checkpoint(here, ca
     job = delest.Job(model=large, data=(x, y), batch_size=16, step=step, predict=lambda net, given: net(given), recipe=delest.Recipe(epochs=4))
     """
     with small_disk(here / "disk", "4m"):
-        assert main(["train", write_job(here, job), "--out", "disk/run", "--quiet"]) == 2
+        assert main(["train", write_job(here, job), "--out", "disk/run", "--threads", "1", "--quiet"]) == 2
         said = capsys.readouterr().err
         assert "no room on disk" in said
         assert "Traceback" not in said
