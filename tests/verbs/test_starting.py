@@ -132,6 +132,5 @@ def test_in_ones_own_loop_it_is_named_as_waiting_where_it_cannot_be_had_any_more
 def test_plans_name_what_they_need_before_the_start():
     assert methods.environment(plan("mmap")) == {"MALLOC_MMAP_THRESHOLD_": "65536"}
     assert methods.environment(plan(None)) == {}
-    assert methods.conflicts(methods.configs(plan("tinyalloc"))) == [
-        "allocator: unknown allocator 'tinyalloc': use glibc, mmap, tcmalloc, jemalloc."
-    ]
+    with pytest.raises(errors.BadInput, match="the choice allocator has 'tinyalloc' as config.name: it should be \"glibc\" or"):
+        methods.configs(plan("tinyalloc"))

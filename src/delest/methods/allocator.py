@@ -25,8 +25,6 @@ def keeps(config: dict[str, Any], *, batch_statistics: bool) -> Keeps:
 
 
 def conflicts(config: dict[str, Any], others: Configs) -> str | None:
-    if config.get("name") not in malloc.NAMES:
-        return f"unknown allocator {config.get('name')!r}: use {', '.join(malloc.NAMES)}."
     return None
 
 
