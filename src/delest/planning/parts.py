@@ -102,6 +102,15 @@ def _in_one_block(trace: Trace, name: str, step: int, parts: int) -> Storages:
                 columns[column].append(value)
             for column in ("fixed_bytes", "per_sample_bytes", "category", "module"):
                 columns[column].append(columns[column][i])
+    # Its gradients are summed over the parts, so that all of them stay until the last.
+    summed = [
+        i
+        for i, (born, category, module) in enumerate(zip(storages.born, storages.category, storages.module, strict=True))
+        if category == "gradients" and backward[0] <= born <= backward[-1] and (module == name or module.startswith(f"{name}."))
+    ]
+    for i in summed:
+        columns["born"][i] = backward[0]
+        columns["dies"][i] = max(storages.dies[i], backward[-1] + 1)
     for i in made:
         if backward[0] <= storages.born[i] <= backward[-1] and storages.dies[i] <= backward[-1] + 1:
             columns["per_sample_bytes"][i] /= parts
