@@ -113,8 +113,11 @@ def test_where_nothing_fits_the_answer_is_kept_and_the_named_budget_works(job, p
     assert smallest[0] == smallest[1]
     assert probed == ["examine", "choose_on_traces"]
     assert from_json(Plan, raised.value.plan).memory_bytes == smallest[0]
-    run = delest.train(jobs.load(job), memory=smallest[0], threads=1, say=Progress())
+    notes = Notes()
+    run = delest.train(jobs.load(job), memory=smallest[0], threads=1, say=notes)
     assert run.status == "done"
+    if run.plan.micro_batch < 32:
+        assert any("normalises over the batch" in note for note in notes.notes)
     assert run.plan.memory_bytes == smallest[0]
 
 

@@ -96,7 +96,8 @@ def plan_workplace(
         probe = _examine(place, threads=used, device=device or "auto")
         if probe["faults"]:
             raise errors.BadInput(probe["faults"])
-        kept_plans.keep("job-probe", key, {**probe, "made": time.time()})
+        probe["made"] = time.time()
+        kept_plans.keep("job-probe", key, probe)
     _check_budget(budget, probe, here)
     free = machine.describe().available_bytes + machine.resident_bytes()
     asked: dict[str, Any] = {

@@ -116,6 +116,8 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
         with contextlib.nullcontext() if hold is None else hold.released():
             place = open_workplace(loaded, say, folder if settings.resume else None)
             plan = _plan(place, settings, folder, say)
+        for note in () if settings.resume else plan.notes:
+            say.note(note)
         with limit.held(guarded_bytes(plan)):
             return _train_as_planned(place, plan, folder, settings, say, verb)
 
