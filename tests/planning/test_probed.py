@@ -136,7 +136,7 @@ def test_what_changes_the_results_is_left_out_where_exact_ones_are_asked_for():
 def test_saving_and_resuming_take_the_largest_array_beside_what_is_built():
     phases = probed.Costs(100 * MIB, probe()).phases(64, 128)
     assert phases["saving"] == phases["start"] + 4 * MIB
-    assert phases["resuming"] == phases["start"] + 8 * MIB
+    assert phases["resuming"] == phases["start"] + 4 * MIB
 
 
 def test_batch_statistics_over_parts_are_noted_with_the_choices():

@@ -18,7 +18,7 @@ from delest.records.form import from_json
 from delest.records.plan import Plan
 from delest.storage import write_json
 from delest.training.progress import Progress
-from delest.verbs import kept_plans
+from delest.verbs import kept_plans, look
 
 JOB = """
 import numpy as np
@@ -87,7 +87,7 @@ def test_a_job_is_probed_once_until_its_code_changes(job, probed):
     assert probed == ["examine"] * 3
 
 
-def test_what_was_probed_on_a_busy_machine_is_not_kept_and_said(job, monkeypatch):
+def test_what_was_probed_on_a_busy_machine_is_said_and_kept_for_a_while_only(job, monkeypatch):
     call, called = processes.call, []
 
     def busy(function, *arguments, **named):
@@ -97,8 +97,11 @@ def test_what_was_probed_on_a_busy_machine_is_not_kept_and_said(job, monkeypatch
     monkeypatch.setattr(processes, "call", busy)
     for _ in range(2):
         plan = delest.plan(jobs.load(job), threads=1)
+        assert "threads waited for a core in 60% of the time" in plan.notes[0]
+    assert len(called) == 1
+    monkeypatch.setattr(look, "BUSY_KEPT_SECONDS", 0.0)
+    delest.plan(jobs.load(job), threads=1)
     assert len(called) == 2
-    assert "threads waited for a core in 60% of the time" in plan.notes[0]
 
 
 def test_where_nothing_fits_the_answer_is_kept_and_the_named_budget_works(job, probed):
@@ -110,8 +113,11 @@ def test_where_nothing_fits_the_answer_is_kept_and_the_named_budget_works(job, p
     assert smallest[0] == smallest[1]
     assert [name for name in probed if name != "examine_allocator"] == ["examine", "choose_on_traces"]
     assert from_json(Plan, raised.value.plan).memory_bytes == smallest[0]
-    run = delest.train(jobs.load(job), memory=smallest[0], threads=1, say=Progress())
+    notes = Notes()
+    run = delest.train(jobs.load(job), memory=smallest[0], threads=1, say=notes)
     assert run.status == "done"
+    if run.plan.micro_batch < 32:
+        assert any("normalises over the batch" in note for note in notes.notes)
     assert run.plan.memory_bytes == smallest[0]
 
 

@@ -33,8 +33,8 @@ class Costs:
             "first_step": self.idle_bytes + self._line("first", rows) + added,
             "steady_step": self.idle_bytes + self._line("steady", rows) + added,
             "evaluation": self.idle_bytes + self._line("evaluation", rows),
-            "saving": start + self.probe["largest_bytes"],
-            "resuming": start + 2 * self.probe["largest_bytes"],
+            "saving": start + self.probe["largest_bytes"],  # arrays are written, and read, one by one
+            "resuming": start + self.probe["largest_bytes"],
         }
 
     def _line(self, name: str, rows: int) -> int:

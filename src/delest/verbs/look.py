@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from delest.records.trace import Trace
     from delest.training.progress import Progress
 
+BUSY_KEPT_SECONDS = 900.0  # what was probed on a busy machine: who asks again at once gets the same answer
 STARTS_HIGHER_BYTES = 8 << 20  # a process than another that does the same: within the margin of every plan
 
 
@@ -135,13 +136,13 @@ def plan_workplace(
     used = threads or here.cores
     key = kept_plans.key_of(place, here, used, device or "auto", threads is None)
     probe = kept_plans.kept("job-probe", key)
-    if probe is None:
+    if probe is None or (probe["busy"] and time.time() - probe["made"] > BUSY_KEPT_SECONDS):
         say.stage("plan: trying the job on two rows and probing a few steps in a process of its own")
         probe = _examine(place, threads=used, device=device or "auto", fewer_threads=threads is None)
         if probe["faults"]:
             raise errors.BadInput(probe["faults"])
-        if not probe["busy"]:
-            kept_plans.keep("job-probe", key, probe)
+        probe["made"] = time.time()
+        kept_plans.keep("job-probe", key, probe)
     _check_budget(budget, probe, here)
     free = machine.describe().available_bytes + machine.resident_bytes()
     asked: dict[str, Any] = {

@@ -118,6 +118,8 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
             place = open_workplace(loaded, say, folder if settings.resume else None)
             plan = _plan(place, settings, folder, say)
             start_with(plan, place.seconds.get("planning", 0.0))
+        for note in () if settings.resume else plan.notes:
+            say.note(note)
         with limit.held(guarded_bytes(plan)):
             return _train_as_planned(place, plan, folder, settings, say, verb)
 
