@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from delest.backends.torch.check import Single, check
+from delest.backends.torch.model import fingerprint
 from delest.backends.torch.session import TorchSession
 from delest.data import Feed, Preprocessing, open_job
 from delest.hardware import machine, probes
@@ -39,7 +40,7 @@ def examine(
     Returns `faults` (empty where all is well), `idle_bytes` (this process, warm, before the model), `base_bytes` (what
     building the session added), `samples` (for each probed size: rows, growth over idle in bytes at the first step, at a
     steady one, in evaluation; seconds a step), `variants` (seconds a step by method and setting), `batch_statistics`,
-    `parameters`, `state_bytes`, `weights_bytes`, `device`.
+    `parameters`, `model` (its fingerprint), `state_bytes`, `weights_bytes`, `device`.
     """
     torch.set_num_threads(threads)
     device = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,6 +74,7 @@ def _probe(job: Job, plan: Plan, schema: Schema, batch: Batch, result: dict[str,
     session = TorchSession(job, plan, schema)
     result["base_bytes"] = max(0, machine.resident_bytes() - idle)
     result["parameters"] = session.parameters()
+    result["model"] = fingerprint(session.model)
     result["batch_statistics"] = any(
         isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in session.model.modules()
     )

@@ -60,6 +60,7 @@ class Plan:
     threads: int | None = None
     device: str = "cpu"
     code: str = ""  # the equivalent plain PyTorch
+    model: dict[str, Any] | None = None  # it was made for: `parameters`, `tensors`, SHA-256 of their `shapes`
     seconds: dict[str, float] = field(default_factory=dict)
 
     def config(self, method: str) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from delest import errors, job as jobs, processes
@@ -108,7 +109,7 @@ def plan_workplace(
         )
         chosen = from_json(Plan, found)
     place.seconds["planning"] = time.monotonic() - started
-    return chosen
+    return replace(chosen, model=probe["model"])
 
 
 def choose_on_traces(job: Any, *, preprocessing: dict[str, Any], index: list[int], request: dict[str, Any]) -> dict[str, Any]:
