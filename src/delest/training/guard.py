@@ -24,7 +24,7 @@ from delest.training.growth import Growth, GrowthWatch
 from delest.units import format_bytes
 
 if TYPE_CHECKING:
-    from delest.backends import Session
+    from delest.backends import Splits
     from delest.training.decisions import Decisions
     from delest.training.position import Position
 
@@ -60,7 +60,9 @@ class _Failure:
 class Guard:
     """Watches one run's memory. Without a budget it lets everything through, and follows what an earlier part decided."""
 
-    def __init__(self, session: Session, batch_size: int, note: Callable[[str], None]):
+    option = "--memory "  # how a larger budget is asked for
+
+    def __init__(self, session: Splits, batch_size: int, note: Callable[[str], None]):
         self.session, self.batch_size, self.note = session, batch_size, note
         self.budget_bytes: int | None = None
         self._watch: _Watch | None = None
@@ -70,8 +72,9 @@ class Guard:
         self._spared, self._eased_at = 0, -PATIENCE
 
     @contextlib.contextmanager
-    def watching(self, budget_bytes: int | None) -> Iterator[None]:
-        """Guard a budget of resident bytes while the context is open; None guards nothing.
+    def watching(self, budget_bytes: int | None, *, apart: bool = False) -> Iterator[None]:
+        """Guard a budget of resident bytes while the context is open; None guards nothing. With `apart` work is done in a
+        thread of its own from the beginning, so that this one never sees an allocation fail.
 
         Raises `NothingFits` where memory ran out outside a step, as when a batch was read.
         """
@@ -84,6 +87,8 @@ class Guard:
         self.session.warm()
         with self._watch.running():
             try:
+                if apart:
+                    self._change_thread()
                 yield
             except MemoryError as error:
                 raise self._too_small(_Failure("reading", str(error))) from None
@@ -226,7 +231,7 @@ class Guard:
         how = failure.detail if failure.phase == "training" else f"memory ran out in the {failure.phase} phase{asked}"
         return errors.NothingFits(
             f"{format_bytes(budget)} are not enough: {how}, with {least} row{'s' * (least > 1)} at a time. As far as can be told "
-            f"it takes --memory {math.ceil(smallest / 2**20)}MiB or more, in a new run, or a smaller model.{self._owner}",
+            f"it takes {self.option}{math.ceil(smallest / 2**20)}MiB or more, in a new run, or a smaller model.{self._owner}",
             smallest,
         )
 

@@ -100,8 +100,15 @@ class Applied:
         """The micro-batches of a batch with their shares of its loss, for a loop body of one's own: multiply the loss of each by its
         share and go backward before the next; after the last, step. Tensors with as many rows as the first are divided.
         Updates in the backward pass happen inside this loop alone."""
-        rows = parts.rows_of(batch)
-        count = 1 if self.rows is None else min(math.ceil(rows / self.rows), max(1, rows // self.least_rows))
+        return self.divided(batch, parts.rows_of(batch))
+
+    def count(self, rows: int) -> int:
+        """How many parts a batch of so many rows is made in."""
+        return 1 if self.rows is None else min(math.ceil(rows / self.rows), max(1, rows // self.least_rows))
+
+    def divided(self, batch: Any, rows: int) -> Iterator[tuple[Any, float]]:
+        """`parts` of a batch of which it is known how many rows it has; one row cannot be divided, whatever the batch is."""
+        count = self.count(rows)
         bounds = [rows * number // count for number in range(count + 1)]
         slices = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
         shares = [1.0] if count == 1 else self.share(batch, slices, rows)

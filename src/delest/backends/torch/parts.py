@@ -89,6 +89,21 @@ def by_targets(
     return share
 
 
+def ignoring(model: nn.Module, name: str | None = None) -> dict[str, Share]:
+    """By what a loss somewhere in `model` may be a mean, where only measuring can tell: targets that it does not ignore, or those
+    behind the first of each row. They are the batch's entry `name`, else its last integers that hold a number to ignore."""
+    heads = [module for module in model.modules() if isinstance(module, _CROSS_ENTROPIES)]
+    ignored = tuple({IGNORED, *(head.ignore_index for head in heads)})
+
+    def find(batch: Any) -> Any:
+        if name is not None and isinstance(batch, Mapping) and name in batch:
+            return batch[name]
+        found = [one for one in tensors_of(batch) if is_integer(one) and any(bool((one == number).any()) for number in ignored)]
+        return found[-1] if found else None
+
+    return {"targets": by_targets(find, ignored), "targets after the first": by_targets(find, ignored, shift=1)}
+
+
 def of_loss(loss: Any) -> Share:
     """The shares for a loss function of outputs and targets; rows, with a warning where that may be wrong, for one not known."""
     settings = settings_of(loss)
