@@ -69,7 +69,7 @@ class DelestCallback(Hook, Callback):
                 logged.begin_part(share)
                 result = forward(part)
                 loss = result.closure_loss
-                if loss is not None and backward is not None:
+                if loss is not None and backward is not None and share:
                     backward(loss if share == 1.0 else loss * share)
                 return result.loss, result.extra, share
 
@@ -79,7 +79,7 @@ class DelestCallback(Hook, Callback):
                 with logged.once_a_batch("training_step"):
                     made = self.attempt(kwargs["batch"], one, lambda part: _value(forward(part).closure_loss))
                     logged.losses = [loss if loss is None else loss * trainer.accumulate_grad_batches for loss, _, _ in made]
-                losses = [loss * share for loss, _, share in made if loss is not None]
+                losses = [loss * share for loss, _, share in made if loss is not None and share]
                 return ClosureResult(torch.stack(losses).sum() if losses else None, extra=made[-1][1])
 
             return Closure(whole)

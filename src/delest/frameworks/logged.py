@@ -96,7 +96,7 @@ class Logged:
             loss is not None and math.isclose(number, float(loss), rel_tol=1e-6)
             for number, loss in zip(numbers, self.losses, strict=True)
         )
-        whole = math.fsum(share * value for value, share in values)
+        whole = math.fsum(share * value for value, share in values if share)
         return whole if is_loss else whole / math.fsum(share for _, share in values)
 
 

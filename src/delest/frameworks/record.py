@@ -90,7 +90,7 @@ class Record:
         wanted = _short(monitor) if monitor else next((name for name in named if "loss" in name), None)
         if wanted not in named:
             if monitor or patience is not None:
-                asked = f"monitor={monitor!r} is" if monitor else "no loss is"
+                asked = f"monitor={monitor!r} is not" if monitor else "no loss is"
                 known = ", ".join(sorted(values)) or "nothing"
                 raise errors.BadInput(f"{asked} among what was evaluated ({known}): name one of these with monitor=.")
             return False

@@ -41,6 +41,7 @@ class Steps:
         self.addition = Addition(ways)
         self.batch_rows = 1  # of the largest batch so far
         self._can_split = True
+        self._told = applied.rows is not None  # what changes in parts
 
     @property
     def parts(self) -> int:
@@ -48,11 +49,8 @@ class Steps:
 
     @parts.setter
     def parts(self, count: int) -> None:
-        first = self.applied.rows is None
         if count > self.parts:
             self.applied.split(math.ceil(self.batch_rows / count))
-            for said in self.applied.doubts() if first else ():
-                warnings.warn(said, errors.DelestWarning, stacklevel=2)
 
     @property
     def most_parts(self) -> int:
@@ -83,6 +81,7 @@ class Steps:
         held = self._set_gradients_aside()
         try:
             if loss_of is not None and self.applied.count(rows) > 1:
+                self._tell()
                 with _judging(self.model):
                     self.addition.find_out(batch, rows, loss_of)
                 back()
@@ -98,6 +97,12 @@ class Steps:
         finally:
             for parameter, gradient in held:
                 parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+
+    def _tell(self) -> None:
+        """Warn of what changes when batches are first made in parts."""
+        doubts, self._told = [] if self._told else self.applied.doubts(), True
+        for said in doubts:
+            warnings.warn(said, errors.DelestWarning, stacklevel=2)
 
     def _remember(self) -> Callable[[], None]:
         if not (self.guarded or self.applied.rows is not None):
@@ -125,7 +130,7 @@ class Steps:
 
 class Addition:
     """How a batch's loss is made of those of its parts: a mean over targets, a mean over rows, or a sum. Which it is, is found
-    out on two rows, since a loss inside somebody's step cannot be looked at; and that it is one of them at all."""
+    out on a few rows, since a loss inside somebody's step cannot be looked at; and that it is one of them at all."""
 
     def __init__(self, ways: dict[str, Share]):
         self.ways = {**ways, "rows": by_rows, "sum": lambda batch, divided, rows: [1.0] * len(divided)}
@@ -138,18 +143,20 @@ class Addition:
         return self.ways[self.name](batch, divided, rows)
 
     def find_out(self, batch: Any, rows: int, loss_of: LossOf) -> None:
-        """Compare the loss of two rows with theirs one by one. Raises `BadInput` where no way of adding them gives it."""
+        """Compare the loss of a few rows with theirs one by one. Raises `BadInput` where no way of adding them gives it."""
         if self._checks == CHECKS:
             return
         each = self.first(batch, [slice(row, row + 1) for row in range(rows)], rows)
-        low, high = min(range(rows), key=each.__getitem__), max(range(rows), key=each.__getitem__)
-        pair = taken(batch, [low, high if high != low else rows - 1], rows)
-        halves = (slice(0, 1), slice(1, 2))
-        shares = {name: way(pair, halves, 2) for name, way in self.ways.items()}
-        if self._checks and all(given == shares["rows"] for name, given in shares.items() if name != "sum"):
-            return  # whether it is a mean or a sum is known
-        whole, again = loss_of(pair), loss_of(pair)
-        if math.isnan(whole):  # as where no target of either row counts
+        order = sorted(range(rows), key=each.__getitem__)
+        chosen = sorted({order[0], *order[-2:]})  # the one with the least tells targets from rows, the others a mean from a sum
+        few, single = taken(batch, chosen, rows), [slice(row, row + 1) for row in range(len(chosen))]
+        shares = {name: way(few, single, len(chosen)) for name, way in self.ways.items()}
+        means = [name for name in self.ways if name != "sum"]
+        told = abs(self._errors["sum"] - min(self._errors[name] for name in means)) > TOLERANCE
+        if told and all(shares[name] == shares["rows"] for name in means):
+            return  # whether it is a mean or a sum is known, and there is no more to learn from this batch
+        whole, again = loss_of(few), loss_of(few)
+        if math.isnan(whole):  # as where no target of these rows counts
             return
         self._checks += 1
         if abs(whole - again) > TOLERANCE * abs(whole):
@@ -161,7 +168,7 @@ class Addition:
                 stacklevel=2,
             )
             return
-        alone = [loss_of(taken(pair, half, 2)) for half in halves]
+        alone = [loss_of(taken(batch, [row], rows)) for row in chosen]
         for name, given in shares.items():
             found = sum(share * loss for share, loss in zip(given, alone, strict=True) if share)
             error = abs(found - whole) / max(abs(whole), 1e-12)
@@ -169,10 +176,15 @@ class Addition:
         self.name = min(self._errors, key=self._errors.__getitem__)
         if self._errors[self.name] > TOLERANCE * self._checks:
             raise errors.BadInput(
-                f"this step cannot be made in parts: the loss of two rows is {whole:.6g}, that of each alone {alone[0]:.6g} and "
-                f"{alone[1]:.6g}, and the one is neither the mean nor the sum of the others, as where rows are compared with one "
-                "another. Give more memory, a smaller batch or a smaller model."
+                f"this step cannot be made in parts: the loss of {len(chosen)} rows is {whole:.6g}, that of each alone "
+                f"{', '.join(f'{loss:.6g}' for loss in alone)}, and the one is neither the mean nor the sum of the others, as where rows "
+                "are compared with one another. Give more memory, a smaller batch or a smaller model."
             )
+
+
+def weighted(loss: Tensor, share: float) -> Tensor:
+    """The loss of a part by its share. Where nothing counts a mean is no number: it is left out, and has no gradient."""
+    return loss * share if share else torch.zeros_like(loss, requires_grad=loss.requires_grad)
 
 
 @contextlib.contextmanager

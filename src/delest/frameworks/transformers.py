@@ -20,6 +20,7 @@ from delest import errors
 from delest.backends.torch.parts import ignoring
 from delest.frameworks.hook import Hook
 from delest.frameworks.loops import calling, faults_in_transformers
+from delest.frameworks.steps import weighted
 
 UNWATCHED = ("runtime", "per_second", "epoch", "compilation_time")  # of what an evaluation tells
 
@@ -99,15 +100,16 @@ class DelestCallback(Hook, TrainerCallback):
         def compute_loss(*given: Any, **named: Any) -> Any:
             with self.precision():
                 found = loss_of(*given, **named)
-            return found if isinstance(found, tuple) or self._share == 1.0 else found * self._share
+            return found if isinstance(found, tuple) or self._share == 1.0 else weighted(found, self._share)
 
-        def prediction_step(model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+        def prediction_step(model: Any, inputs: Any, *given: Any, **named: Any) -> Any:
             def one(part: Any, share: float) -> Any:
-                loss, logits, labels = predict(model, part, *rest, **named)
-                return None if loss is None else loss * share, logits, labels
+                loss, logits, labels = predict(model, part, *given, **named)
+                return None if loss is None else weighted(loss, share), logits, labels
 
-            losses, logits, labels = zip(*self.attempt(inputs, one), strict=True)
-            return None if losses[0] is None else sum(losses), _joined(logits), _joined(labels)
+            losses, *rest = zip(*self.attempt(inputs, one), strict=True)
+            logits, labels = (None if parts[0] is None else functools.reduce(nested_concat, parts) for parts in rest)
+            return None if losses[0] is None else sum(losses), logits, labels
 
         ours: dict[str, Any] = {
             "compute_loss": compute_loss,
@@ -146,8 +148,3 @@ class DelestCallback(Hook, TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
-
-
-def _joined(values: tuple[Any, ...]) -> Any:
-    """Logits or labels of parts, one after the other; None where there are none."""
-    return None if values[0] is None else functools.reduce(nested_concat, values)

@@ -138,7 +138,11 @@ class Guard:
             self._thread.shutdown()
         with self._watch.lifted():
             self._thread = ThreadPoolExecutor(1, "memory-guard-work")
-            self._thread.submit(self.session.warm).result()
+            try:
+                self._thread.submit(self.session.warm).result()
+            except RuntimeError:  # a limit from outside leaves no room for a stack: here, as long as its kernels do
+                self._thread.shutdown()
+                self._thread = None
 
     def make_room(self) -> None:
         """Before something other than a step that takes memory: what steps have freed is given back, and the limit set for what is left."""

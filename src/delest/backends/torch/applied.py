@@ -100,22 +100,23 @@ class Applied:
         """The micro-batches of a batch with their shares of its loss, for a loop body of one's own: multiply the loss of each by its
         share and go backward before the next; after the last, step. Tensors with as many rows as the first are divided.
         Updates in the backward pass happen inside this loop alone."""
-        return self.divided(batch, parts.rows_of(batch))
+        return ((part, share) for part, share in self.divided(batch, parts.rows_of(batch)) if share)
 
     def count(self, rows: int) -> int:
         """How many parts a batch of so many rows is made in."""
         return 1 if self.rows is None else min(math.ceil(rows / self.rows), max(1, rows // self.least_rows))
 
     def divided(self, batch: Any, rows: int) -> Iterator[tuple[Any, float]]:
-        """`parts` of a batch of which it is known how many rows it has; one row cannot be divided, whatever the batch is."""
+        """`parts` of a batch of which it is known how many rows it has (one row cannot be divided, whatever the batch is), with
+        those that do not count in the loss: their share is 0, and their loss may not be a number."""
         count = self.count(rows)
         bounds = [rows * number // count for number in range(count + 1)]
         slices = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
         shares = [1.0] if count == 1 else self.share(batch, slices, rows)
-        counted = [(one, share) for one, share in zip(slices, shares, strict=True) if share]  # the rest has no gradient
+        last = max(number for number, share in enumerate(shares) if share)
         try:
-            for number, (one, share) in enumerate(counted, 1):
-                if self.updates is not None and number == len(counted):
+            for number, (one, share) in enumerate(zip(slices, shares, strict=True)):
+                if self.updates is not None and number == last:
                     self.updates.begin()
                 yield self._laid_out(batch if count == 1 else parts.taken(batch, one, rows)), share
         finally:
@@ -144,7 +145,7 @@ class Applied:
         if "optimizer_state" in configs:
             faults += [
                 f"optimizer_state needs a new optimizer, and a {name} is attached to the given one, which it would go on driving: "
-                f"build the {name} on the new one after delest.apply."
+                f"build the {name} on the new one after delest.apply, or plan without optimizer_state (delest plan --exact)."
                 for name in _schedulers(optimizer)
             ]
         if faults:
