@@ -7,7 +7,8 @@ limit, RLIMIT_DATA set before it starts, as far between the two as SHARE says: a
 told the resident memory as far between. Its losses are compared with those of the script that had no limit.
 
 `NAME time`: the script with and without the callback and no limit, in blocks of steps by turns: while one runs the other is stopped.
-A step's time is that between two losses that the script prints. Losses, printed with all their digits, must be the same.
+A step's time is that between two losses that the script prints; beside it stands the processor time of a block, which others on the
+machine disturb less. Losses, printed with all their digits, must be the same.
 
 Lightning and transformers must be installed (the environment that `make bench` uses).
 """
@@ -33,7 +34,7 @@ SCRIPTS = {
 }  # rows of a batch under the limit
 STEPS_UNDER_LIMIT, REPEATS, SMALL = 4, 3, 16
 SHARE = 0.3  # of the way from a small batch to the whole
-BLOCKS, STEPS, FIRST = 24, 12, 3  # of each kind; steps timed in one; steps after a change that are not
+BLOCKS, STEPS, FIRST = 16, 10, 2  # of each kind; steps timed in one; steps after a change that are not
 BOUND_RATIO = 1.03
 BOUND_LOSS = 0.02  # relative: dropout draws other numbers for parts than for the whole batch
 
@@ -126,18 +127,28 @@ def interleaved(name: str, threads: int) -> dict[str, Any]:
         for side in sides.values():  # loads and warms
             side.block(10)
         seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        cpu: dict[str, list[float]] = {kind: [] for kind in KINDS}
         for block in range(BLOCKS):
             for kind in sorted(KINDS, reverse=bool(block % 2)):
+                spent = sides[kind].cpu_seconds()
                 seconds[kind].append(sides[kind].block(STEPS))
+                cpu[kind].append((sides[kind].cpu_seconds() - spent) / (STEPS + FIRST))
     finally:
         for side in sides.values():
             side.end()
     shared = min(len(side.losses) for side in sides.values())
     same = sides["alone"].losses[:shared] == sides["callback"].losses[:shared]
-    ratios = [one / other for one, other in zip(seconds["callback"], seconds["alone"], strict=True)]
+    ratios, cpu_ratios = (
+        [one / other for one, other in zip(kind["callback"], kind["alone"], strict=True)] for kind in (seconds, cpu)
+    )
     quartiles = statistics.quantiles(ratios, n=4)
     row = {"row": f"{name} time, {threads} thread{'s' * (threads > 1)}", "threads": threads, "blocks": BLOCKS, "steps": STEPS}
     row |= {"alone_seconds": seconds["alone"], "callback_seconds": seconds["callback"], "ratio": statistics.median(ratios)}
+    row |= {
+        "alone_cpu_seconds": cpu["alone"],
+        "callback_cpu_seconds": cpu["callback"],
+        "cpu_ratio": statistics.median(cpu_ratios),
+    }
     return {**row, "lower_quartile": quartiles[0], "upper_quartile": quartiles[2], "losses": shared, "same_losses": same}
 
 
@@ -167,6 +178,11 @@ class Side:
                 self.losses.append(line)
         self.process.send_signal(signal.SIGSTOP)
         return statistics.median(after - before for before, after in zip(times[FIRST - 1 :], times[FIRST:], strict=False))
+
+    def cpu_seconds(self) -> float:
+        """Processor time of all its threads so far."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/schedstat")
+        return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
 
     def end(self) -> None:
         self.process.kill()
@@ -212,7 +228,7 @@ def describe(row: dict[str, Any]) -> str:
     alone = statistics.median(row["alone_seconds"])
     return (
         f"{row['row']:26} {1000 * alone:7.2f} ms a step alone, ratio {row['ratio']:.3f} ({row['lower_quartile']:.3f} to "
-        f"{row['upper_quartile']:.3f}), losses {'the same' if row['same_losses'] else 'DIFFER'} over {row['losses']} steps"
+        f"{row['upper_quartile']:.3f}), of processor time {row['cpu_ratio']:.3f}, losses {'the same' if row['same_losses'] else 'DIFFER'} over {row['losses']} steps"
     )
 
 
