@@ -77,8 +77,10 @@ def watch(options: list[str], limit_bytes: int | None = None) -> dict[str, Any]:
         status = process.wait()
         output.seek(0)
         said = [line for line in output.read().splitlines() if line.strip()]
+    splits = sum("instead of" in line for line in said)  # told by the callback
     return {
         "status": status,
+        "splits": splits,
         "last": said[-1] if said else "",
         "data_bytes": highest["VmData"],
         "resident_bytes": highest["VmRSS"],

@@ -131,6 +131,24 @@ def test_the_state_of_the_optimizer_is_there_before_the_first_step_and_a_loaded_
     assert optimizer.state[model.head.weight] is loaded
 
 
+@pytest.mark.parametrize("settings", [{"dampening": 0.5}, {"nesterov": True}, {}])
+def test_state_that_is_there_early_changes_no_update(settings: dict[str, Any]) -> None:
+    found = []
+    for given in (None, "1GiB"):
+        model = Outer()
+        model.head.requires_grad_(False)
+        hook = Hook(given)
+        optimizer = hook.apply(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **settings), {})
+        hook.allocate()
+        assert model.head.weight not in optimizer.state
+        for _ in range(3):
+            optimizer.zero_grad()
+            model.net(torch.ones(2, 6)).square().sum().backward()
+            optimizer.step()
+        found.append([parameter.detach() for parameter in model.parameters()])
+    assert all(torch.equal(left, right) for left, right in zip(*found, strict=True))
+
+
 def test_the_run_folder_is_one_that_delest_reads_and_reports() -> None:
     hook = begun(Hook("80%", patience=2))
     record = hook.record

@@ -135,7 +135,10 @@ class Hook:
         """Have the optimizer's state there before the first step: one that runs out of memory would leave half of it behind."""
         assert self.applied is not None
         optimizer = self.applied.optimizer
-        if self.budget_bytes is not None and not optimizer.state and not optimizer.defaults.get("amsgrad"):
+        special = any(
+            group.get("amsgrad") or group.get("dampening") for group in optimizer.param_groups
+        )  # more, or not from zero
+        if self.budget_bytes is not None and not optimizer.state and not special:
             optimizers.allocate(optimizer)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
