@@ -52,6 +52,7 @@ bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmark
 	$(BENCH)/bin/python benchmarks/footprint.py
 	$(BENCH)/bin/python benchmarks/step_time.py
 	$(BENCH)/bin/python benchmarks/measure_scripts.py
+	$(BENCH)/bin/python benchmarks/hooks.py
 	$(if $(PUBLISHED),$(BENCH)/bin/python benchmarks/published.py --data $(PUBLISHED))
 
 clean:  ## remove the virtual environment and what tools leave behind; runs stay

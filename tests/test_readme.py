@@ -100,6 +100,7 @@ def test_the_loop_of_ones_own_runs_under_a_runs_plan(runs, tmp_path):
     code = next(block for block in blocks("python") if "delest.apply" in block)
     assert len([line for line in code.splitlines() if line]) == 9
     shutil.copy(runs / "runs" / "digits-001" / "plan.json", tmp_path / "plan.json")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "threads: " in done.stdout

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=120)
 parser.add_argument("--batch-size", type=int, default=64)
+parser.add_argument("--memory", help="a budget that delest's callback holds")
 options = parser.parse_args()
 
 warnings.filterwarnings("ignore")
@@ -56,8 +57,19 @@ train_loader = DataLoader(TensorDataset(images, labels), batch_size=options.batc
 val_loader = DataLoader(TensorDataset(images[:512], labels[:512]), batch_size=options.batch_size)
 
 with tempfile.TemporaryDirectory() as folder:
+    callbacks = []
+    if options.memory:
+        from delest.frameworks.lightning import DelestCallback
+
+        callbacks.append(DelestCallback(options.memory, out=f"{folder}/run"))
     trainer = L.Trainer(
-        max_epochs=2, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, default_root_dir=folder
+        max_epochs=2,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        default_root_dir=folder,
+        callbacks=callbacks,
     )
     trainer.fit(LitClassifier(), train_loader, val_loader)
 print(f"val_loss {trainer.callback_metrics['val_loss'].item()!r}")

@@ -13,6 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 parser = argparse.ArgumentParser()
 parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--batch-size", type=int, default=8)
+parser.add_argument("--memory", help="a budget that delest's callback holds")
 options = parser.parse_args()
 
 set_seed(0)
@@ -51,12 +52,17 @@ with tempfile.TemporaryDirectory() as folder:
         use_cpu=True,
         disable_tqdm=True,
     )
+    callbacks = [PrintLosses()]
+    if options.memory:
+        from delest.frameworks.transformers import DelestCallback
+
+        callbacks.append(DelestCallback(options.memory, out=f"{folder}/run"))
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=Text(options.steps * options.batch_size, 0),
         eval_dataset=Text(64, 1),
-        callbacks=[PrintLosses()],
+        callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # its lines hold run times, which differ from run to run
     trainer.train()

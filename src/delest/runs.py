@@ -42,13 +42,14 @@ def place(out: str | Path | None, title: str) -> Path:
 
 def claim(
     folder: Path,
-    job: jobs.Job,
+    job: jobs.Job | Mapping[str, Any],
     plan: Plan,
     *,
     settings: Mapping[str, Any] | None = None,
     files: Mapping[str, Any] | None = None,
 ) -> None:
-    """Make the folder and write what the run is: `plan.json`, `files` (JSON by name), and last `job.json` with `settings`.
+    """Make the folder and write what the run is: `plan.json`, `files` (JSON by name), and last `job.json` with `settings`. A run in
+    somebody else's loop has no job: a mapping that names that `loop` describes it.
 
     Two runs never get the same folder: raises `FolderTaken`.
     """
@@ -62,9 +63,8 @@ def claim(
         storage.write_json(folder / "plan.json", plan)
         for name, content in (files or {}).items():
             storage.write_json(folder / name, content)
-        storage.write_json(
-            folder / "job.json", {**job.describe(), "settings": dict(settings or {})}
-        )  # last: from here on the folder holds a run
+        described = job.describe() if isinstance(job, jobs.Job) else job
+        storage.write_json(folder / "job.json", {**described, "settings": dict(settings or {})})  # last: now it holds a run
     except errors.DiskFull:
         for name in ("plan.json", *(files or {})):
             (folder / name).unlink(missing_ok=True)
@@ -101,6 +101,8 @@ def job_of(folder: Path, given: jobs.Job | None = None) -> jobs.Job:
     Raises `BadInput` where the job that is given is another one, or an option that was given differs from the run's.
     """
     described = _described(folder)
+    if described.get("loop"):
+        raise errors.BadInput(f"{folder} was trained in the loop of {described['loop']}: go on there, by its own checkpoints.")
     if given is not None:
         if given.origin and described["origin"] and given.origin != described["origin"]:
             raise errors.BadInput(f"{folder} is a run of {described['origin']}, not of {given.origin}: name that job, or none.")
@@ -144,7 +146,8 @@ def find(run: Run | str | Path) -> Path:
 def _can_go_on(folder: Path, job: jobs.Job | None, whole: bool) -> bool:
     try:
         done = read(folder).status == "done" and (not whole or (folder / "report.html").exists())
-        return (job is None or _described(folder)["origin"] == job.origin) and not done
+        described = _described(folder)
+        return (job is None or described["origin"] == job.origin) and not done and not described.get("loop")
     except errors.BadInput:
         return False  # a damaged run must not stand in the way of a whole one
 

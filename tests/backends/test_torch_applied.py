@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import doctest
+import functools
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 import delest
 from delest import errors, malloc, storage
 from delest.backends.torch.adamw8bit import AdamW8bit
+from delest.backends.torch.model import fingerprint
 from delest.records.plan import Choice, Plan
 
 cross_entropy = nn.functional.cross_entropy
@@ -314,10 +317,125 @@ def test_a_loss_that_is_no_mean_over_rows_is_refused(loss, said):
         delest.apply(plan, model, torch.optim.SGD(model.parameters(), lr=0.1), loss)
 
 
-def test_class_weights_under_micro_batches_are_warned_of():
-    model = nn.Linear(4, 2)
-    choice = Choice(method="micro_batch", config={"rows": 4}, keeps="rounding", why="")
-    plan = Plan(choices=(choice,), batch_size=8, micro_batch=4, threads=1)
-    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9.0]))
-    with pytest.warns(errors.DelestWarning, match="weighs classes"):
-        delest.apply(plan, model, torch.optim.SGD(model.parameters(), lr=0.1), loss)
+CLASSES = torch.tensor([1.0, 9.0, 0.5], dtype=torch.float64)
+CROSS_ENTROPIES = {
+    "module": nn.CrossEntropyLoss(),
+    "module, another number": nn.CrossEntropyLoss(ignore_index=2),
+    "smoothed": nn.CrossEntropyLoss(label_smoothing=0.1),
+    "weighted": nn.CrossEntropyLoss(weight=CLASSES),
+    "function": cross_entropy,
+    "partial": functools.partial(cross_entropy, ignore_index=1),
+    "weighted partial": functools.partial(cross_entropy, weight=CLASSES),
+}
+
+
+def gradients_of(chosen: Plan, loss: Any, x: Tensor, y: Tensor, net: nn.Module) -> list[Tensor]:
+    other = copy.deepcopy(net)
+    applied = delest.apply(chosen, other, torch.optim.SGD(other.parameters(), lr=0.1), loss)
+    for part, share in applied.parts((x, y)):
+        (loss(other(part[0]), part[1]) * share).backward()
+    return [parameter.grad for parameter in other.parameters()]
+
+
+@pytest.mark.parametrize("name", CROSS_ENTROPIES)
+@pytest.mark.parametrize("tokens", [False, True])
+def test_targets_that_are_ignored_do_not_count_in_a_parts_share(name: str, tokens: bool) -> None:
+    class Words(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).movedim(-1, 1)
+
+    torch.manual_seed(0)
+    net = Words(6, 3).double() if tokens else model()
+    x, y = batch(0)
+    if tokens:
+        x, y = x[:, None].expand(12, 5, 6) * torch.rand(12, 5, 1, dtype=torch.float64), torch.randint(3, (12, 5))
+    y[:5] = getattr(
+        CROSS_ENTROPIES[name], "ignore_index", getattr(CROSS_ENTROPIES[name], "keywords", {}).get("ignore_index", -100)
+    )
+    loss = CROSS_ENTROPIES[name]  # of the first part of four rows none counts, of the second three
+    expected = gradients_of(plan(), loss, x, y, net)
+    got = gradients_of(plan(micro_batch={"rows": 4}), loss, x, y, net)
+    for left, right in zip(expected, got, strict=True):
+        torch.testing.assert_close(right, left, rtol=1e-9, atol=1e-12)
+
+
+def test_class_probabilities_are_a_mean_over_rows() -> None:
+    net = model()
+    x, y = batch(0)[0], torch.softmax(batch(1)[0][:, :3], 1)
+    expected, got = (gradients_of(plan(micro_batch={"rows": rows}), cross_entropy, x, y, net) for rows in (12, 5))
+    for left, right in zip(expected, got, strict=True):
+        torch.testing.assert_close(right, left, rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_of_ignored_targets_alone_is_what_it_is_in_the_plain_loop() -> None:
+    net = model()
+    applied = delest.apply(plan(micro_batch={"rows": 4}), net, torch.optim.SGD(net.parameters(), lr=0.1), cross_entropy)
+    assert torch.isnan(applied.step((batch(0)[0], torch.full((12,), -100))))
+
+
+def test_ignored_targets_under_a_loss_that_is_not_known_are_told_of_once_by_name() -> None:
+    def my_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(outputs, targets)
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model()
+
+        def forward(self, x: Tensor, labels: Tensor) -> Any:
+            return {"loss": cross_entropy(self.net(x), labels)}
+
+    x, y = batch(0)
+    y[:5] = -100
+    for net, loss, given, name in (
+        (model(), my_loss, (x, y), "the loss my_loss"),
+        (Own(), None, {"x": x, "labels": y}, "the model's own loss"),
+    ):
+        applied = delest.apply(plan(micro_batch={"rows": 4}), net, torch.optim.SGD(net.parameters(), lr=0.1), loss)
+        with pytest.warns(errors.DelestWarning, match=f"hold -100.*{name}") as caught:
+            _ = [applied.step(given) for _ in range(2)]
+        assert len(caught) == 1
+        whole = delest.apply(plan(), net, torch.optim.SGD(net.parameters(), lr=0.1), loss)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            whole.step(given)
+
+
+@pytest.mark.parametrize("setting", [{"ignore_index": 255}, {"weight": torch.ones(3)}])
+def test_a_loss_of_somebodys_own_that_ignores_or_weighs_is_warned_of_by_name(setting: dict[str, Any]) -> None:
+    class Focal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            vars(self).update(setting)
+
+        def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+            return outputs.mean()
+
+    net = model()
+    with pytest.warns(errors.DelestWarning, match=f"the loss Focal has {next(iter(setting))}"):
+        delest.apply(plan(micro_batch={"rows": 4}), net, torch.optim.SGD(net.parameters(), lr=0.1), Focal())
+
+
+def test_a_sum_in_a_partial_is_refused() -> None:
+    net = model()
+    with pytest.raises(errors.BadInput, match="reduction='sum'"):
+        delest.apply(plan(), net, torch.optim.SGD(net.parameters(), lr=0.1), functools.partial(cross_entropy, reduction="sum"))
+
+
+def test_a_plan_of_another_model_is_refused_and_one_of_the_same_shapes_is_not() -> None:
+    net = model()
+    made = dataclasses.replace(plan(micro_batch={"rows": 4}), model=fingerprint(net))
+
+    class Renamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = model()
+
+    for other, said in (
+        (nn.Linear(6, 3), "another model: that has 435 parameters in 6 tensors, this one 21 in 2 tensors"),
+        (nn.Sequential(*reversed(model())), "this one as many, of other shapes"),
+    ):
+        with pytest.raises(errors.BadInput, match=said):
+            delest.apply(made, other, torch.optim.SGD(other.parameters(), lr=0.1), cross_entropy)
+    for same in (net, Renamed()):
+        delest.apply(made, same, torch.optim.SGD(same.parameters(), lr=0.1), cross_entropy)

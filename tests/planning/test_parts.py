@@ -107,7 +107,8 @@ def request(grown_mib: float, wanted: Job, *, exact: bool = True, normalised: bo
     probe = {
         "samples": [sample],
         "variants": {},
-        "batch_statistics": normalised, "busy": "",
+        "batch_statistics": normalised,
+        "busy": "",
         "base_bytes": MIB,
         "weights_bytes": MIB,
         "state_bytes": MIB,

@@ -13,6 +13,7 @@ from torch import nn
 
 import delest
 from delest import errors, runs
+from delest.backends.torch.model import fingerprint
 from delest.training.progress import Progress
 
 
@@ -136,6 +137,7 @@ def test_a_preview_says_what_the_full_run_will_take(job):
 
 def test_a_preview_changes_nothing_about_the_run(job):
     plan = delest.plan(job, threads=1)  # one for both: what a probe finds faster differs from one moment to the next
+    assert plan.model == fingerprint(network())
     plain = delest.train(job, plan=plan, say=Progress())
     assert delest.train(job, plan=plan, preview=0.2, say=Progress()).weights_sha256 == plain.weights_sha256
 

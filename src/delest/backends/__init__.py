@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from delest.records.source import Schema
 
 
-class Session(Protocol):
-    """Model, loss, optimizer, precision and splitting: all that the training loop sees of a framework."""
+class Splits(Protocol):
+    """Steps that can be made in parts: all that the memory guard sees of them."""
 
     parts: int  # micro-batches a step is made of, and an evaluation's batch too; set between steps only
 
@@ -25,6 +25,10 @@ class Session(Protocol):
 
     def warm(self) -> None:
         """Start what a first step starts besides its tensors, so that a limit on memory can be set after it."""
+
+
+class Session(Splits, Protocol):
+    """Model, loss, optimizer, precision and splitting: all that the training loop sees of a framework."""
 
     def step(self, batch: Batch, rate: float) -> Step:
         """One optimizer step. `rate` in [0, 1] multiplies every parameter group's own base rate.

@@ -17,6 +17,7 @@ import torch
 
 from delest import malloc
 from delest.backends.torch.check import Single, check
+from delest.backends.torch.model import fingerprint
 from delest.backends.torch.session import TorchSession
 from delest.data import Feed, Preprocessing, open_job
 from delest.hardware import machine, probes
@@ -49,9 +50,9 @@ def examine(
     Returns `faults` (empty where all is well), `opened_bytes` (this process with the data opened), `idle_bytes` (the same, warm,
     before the model), `base_bytes` (what building the session added), `samples` (for each probed size: rows, growth over idle in bytes at
     the first step, at a steady one, in evaluation; seconds a step), `variants` (seconds a step by method and setting),
-    `batch_statistics`, `parameters`, `largest_bytes` (of an array of the state), `weights_bytes`, `device`, `device_memory_bytes` (None: it
-    is a processor), `busy` (where others kept the machine busy meanwhile: how that was seen, else empty). With `fewer_threads` one thread is
-    tried too.
+    `batch_statistics`, `parameters`, `model` (its fingerprint), `largest_bytes` (of an array of the state), `weights_bytes`, `device`,
+    `device_memory_bytes` (None: it is a processor), `busy` (where others kept the machine busy meanwhile: how that was seen, else empty). With
+    `fewer_threads` one thread is tried too.
     """
     torch.set_num_threads(threads)
     device = device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
@@ -136,6 +137,7 @@ def _probe(job: Job, plan: Plan, schema: Schema, batch: Batch, result: dict[str,
     session = TorchSession(job, plan, schema)
     result["base_bytes"] = max(0, machine.resident_bytes() - idle)
     result["parameters"] = session.parameters()
+    result["model"] = fingerprint(session.model)
     result["batch_statistics"] = any(
         isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in session.model.modules()
     )

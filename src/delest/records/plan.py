@@ -62,6 +62,7 @@ class Plan:
     code: str = ""  # the equivalent plain PyTorch
     made_for: dict[str, str] = field(default_factory=dict)  # `job`, a fingerprint, and `machine`, in words; empty: any
     notes: tuple[str, ...] = ()  # what should be known before it is followed
+    model: dict[str, Any] | None = None  # it was made for: `parameters`, `tensors`, SHA-256 of their `shapes`
     seconds: dict[str, float] = field(default_factory=dict)
 
     def config(self, method: str) -> dict[str, Any] | None:

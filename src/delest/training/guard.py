@@ -23,7 +23,7 @@ from delest.training.limit import MARGIN_BYTES, too_small
 from delest.units import format_bytes
 
 if TYPE_CHECKING:
-    from delest.backends import Session
+    from delest.backends import Splits
     from delest.training.decisions import Decisions
     from delest.training.position import Position
 
@@ -56,7 +56,9 @@ class _Failure:
 class Guard:
     """Watches one run's memory. Without a budget it lets everything through, and follows what an earlier part decided."""
 
-    def __init__(self, session: Session, batch_size: int, note: Callable[[str], None]):
+    option = "--memory "  # how a larger budget is asked for
+
+    def __init__(self, session: Splits, batch_size: int, note: Callable[[str], None]):
         self.session, self.batch_size, self.note = session, batch_size, note
         self.budget_bytes: int | None = None
         self._watch: limit.Limit | None = None
@@ -66,8 +68,9 @@ class Guard:
         self._spared, self._eased_at = 0, -PATIENCE
 
     @contextlib.contextmanager
-    def watching(self, budget_bytes: int | None) -> Iterator[None]:
-        """Guard a budget of resident bytes while the context is open; None guards nothing.
+    def watching(self, budget_bytes: int | None, *, apart: bool = False) -> Iterator[None]:
+        """Guard a budget of resident bytes while the context is open; None guards nothing. With `apart` work is done in a
+        thread of its own from the beginning, so that this one never sees an allocation fail.
 
         Raises `NothingFits` where memory ran out outside a step, as when a batch was read.
         """
@@ -81,6 +84,8 @@ class Guard:
                 self.session.warm()
             self._watch.begin_anew(widen=True)
             try:
+                if apart:
+                    self._change_thread()
                 yield
             except MemoryError as error:
                 raise self._too_small(_Failure("reading", str(error))) from None
@@ -130,7 +135,11 @@ class Guard:
             self._thread.shutdown()
         with self._watch.lifted():
             self._thread = ThreadPoolExecutor(1, "memory-guard-work")
-            self._thread.submit(self.session.warm).result()
+            try:
+                self._thread.submit(self.session.warm).result()
+            except RuntimeError:  # a limit from outside leaves no room for a stack: here, as long as its kernels do
+                self._thread.shutdown()
+                self._thread = None
 
     def read_again(self, error: MemoryError) -> None:
         """After memory ran out outside a step, as when a batch was read: return where it is worth another try.
@@ -233,7 +242,7 @@ class Guard:
         asked = f" when {format_bytes(failure.asked_bytes)} more were asked for" if failure.asked_bytes else ""
         how = failure.detail if failure.phase == "training" else f"memory ran out in the {failure.phase} phase{asked}"
         why = f"{how}, with {least} row{'s' * (least > 1)} at a time"
-        return too_small(budget, highest + max(failure.asked_bytes, MARGIN_BYTES), why, self._owner)
+        return too_small(budget, highest + max(failure.asked_bytes, MARGIN_BYTES), why, self._owner, self.option)
 
 
 def _failure(error: errors.OutOfMemory | MemoryError, evaluating: bool) -> _Failure:

@@ -141,11 +141,12 @@ class Limit:
         resource.setrlimit(resource.RLIMIT_DATA, (limit if within and limit is not None else hard, hard))
 
 
-def too_small(budget_bytes: int, highest_bytes: int, why: str, more: str = "") -> errors.NothingFits:
-    """The error that names the smallest budget, as well as one failure tells it: some more than was in use."""
+def too_small(budget_bytes: int, highest_bytes: int, why: str, more: str = "", option: str = "--memory ") -> errors.NothingFits:
+    """The error that names the smallest budget, as well as one failure tells it: some more than was in use. `option` is how one is
+    asked for."""
     smallest = int((highest_bytes + MARGIN_BYTES) * BACK_AND_FORTH)
     return errors.NothingFits(
-        f"{format_bytes(budget_bytes)} are not enough: {why}. As far as can be told it takes --memory "
+        f"{format_bytes(budget_bytes)} are not enough: {why}. As far as can be told it takes {option}"
         f"{math.ceil(smallest / 2**20)}MiB or more, in a new run, or a smaller model.{more}",
         smallest,
     )

@@ -159,7 +159,7 @@ def plan_workplace(
     mallocs = malloc.others() if startable else ("mmap",)
     chosen = search.choose(request) or _chosen_on_traces(place, request, asked, key, mallocs, say)
     place.seconds["planning"] = time.monotonic() - started
-    return replace(chosen, made_for=kept_plans.made_for(place, here))
+    return replace(chosen, made_for=kept_plans.made_for(place, here), model=probe["model"])
 
 
 def plan_as_given(place: Workplace, plan: Plan | str | Path, told: Mapping[str, Any], say: Progress) -> Plan:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from delest import errors, methods as techniques
-from delest.backends.torch import methods
+from delest.backends.torch import methods, parts
 from delest.backends.torch.methods.optimizer_in_backward import Updates
-from delest.backends.torch.model import call
+from delest.backends.torch.model import call, fingerprint
 from delest.methods.optimizer_in_backward import ELEMENTWISE
 from delest.records.plan import Plan
 
@@ -28,16 +28,23 @@ class Applied:
     its groups, settings and state. `changes` are lines of what was changed, and of what only acts on a new process.
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[..., Tensor] | None):
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[..., Tensor] | None,
+        settings: techniques.Configs | None = None,
+    ):
+        """`settings` are what the loop does that methods may exclude, in the form of choices (`methods.conflicts`)."""
         self.model, self.loss = model, _checked(loss)
         self.optimizers = [optimizer]
         self.memory_format: torch.memory_format | None = None
         self.autocast: torch.dtype | None = None
         self.updates: Updates | None = None
         self.rows: int | None = None  # of a micro-batch, None: all of a batch
-        normalised = _normalises(model)
-        self._least_rows = 2 if normalised else 1
-        self._check(plan, optimizer)
+        self.least_rows = 2 if _normalises(model) else 1
+        self._check(plan, optimizer, settings or {})
         methods.apply_stages(plan, self, methods.BEFORE_OPTIMIZER)
         methods.apply_stages(plan, self, methods.AFTER_OPTIMIZER)
         (self.optimizer,) = self.optimizers
@@ -45,29 +52,35 @@ class Applied:
         if plan.threads:
             torch.set_num_threads(plan.threads)
         self.changes = _changes(plan, optimizer, self.optimizer)
-        if self.rows is not None and normalised:
-            warnings.warn(
-                f"the model normalises over the batch, which it now sees in parts of {self.rows} rows, so that results change. Keep "
-                "that, freeze those layers with eval(), put nn.GroupNorm in their place, or plan with a larger budget so that "
-                "the batch stays whole.",
-                errors.DelestWarning,
-                stacklevel=3,
-            )
+        self.share = parts.of_loss(loss)
+        if self.rows is not None:
+            for said in self.doubts():
+                warnings.warn(said, errors.DelestWarning, stacklevel=3)
 
-        if self.rows is not None and getattr(loss, "weight", None) is not None:
-            warnings.warn(
-                "the loss weighs classes, and its mean is over their weights, while parts of a batch are weighted by rows: gradients "
-                "differ from the whole batch's. Use a loss without weights, or plan with a larger budget so that the batch stays whole.",
-                errors.DelestWarning,
-                stacklevel=3,
+    def doubts(self) -> list[str]:
+        """Why results may change where batches are made in parts, in words."""
+        settings, remedy = parts.settings_of(self.loss), "plan with a larger budget so that the batch stays whole."
+        found = []
+        if _normalises(self.model):
+            found.append(
+                f"the model normalises over the batch, which it now sees in parts of {self.rows} rows, so that results change. Keep "
+                f"that, freeze those layers with eval(), put nn.GroupNorm in their place, or {remedy}"
             )
+        special = [name for name in ("weight", "ignore_index") if settings.get(name) is not None]
+        if special and not settings["known"]:
+            found.append(
+                f"the loss {type(self.loss).__name__} has {' and '.join(special)}, and it is not known what its mean is over: parts of "
+                f"a batch are weighted by rows, and gradients may differ from the whole batch's. Use torch's CrossEntropyLoss or {remedy}"
+            )
+        return found
 
     def step(self, batch: Any) -> Tensor:
         """One whole step on a batch: forward and backward in the plan's parts, update, gradients cleared. Gives the mean loss.
 
         A batch is a pair `(inputs, targets)` for `loss(model(inputs), targets)`; inputs are a tensor, a tuple for
         `model(*inputs)` or a mapping for `model(**inputs)`. Without a loss the whole batch is the model's inputs, and its
-        output has a `.loss`. The loss is a mean over rows. Raises `BadInput` for batches of another form.
+        output has a `.loss`. The loss is a mean over rows, or torch's cross entropy over what it does not ignore. Raises `BadInput`
+        for batches of another form.
         """
         total: Tensor | None = None
         try:
@@ -84,18 +97,28 @@ class Applied:
         return total
 
     def parts(self, batch: Any) -> Iterator[tuple[Any, float]]:
-        """The micro-batches of a batch with their share of its rows, for a loop body of one's own: multiply the loss of each by its
+        """The micro-batches of a batch with their shares of its loss, for a loop body of one's own: multiply the loss of each by its
         share and go backward before the next; after the last, step. Tensors with as many rows as the first are divided.
         Updates in the backward pass happen inside this loop alone."""
-        rows = _rows_of(batch)
-        count = 1 if self.rows is None else min(math.ceil(rows / self.rows), max(1, rows // self._least_rows))
+        return ((part, share) for part, share in self.divided(batch, parts.rows_of(batch)) if share)
+
+    def count(self, rows: int) -> int:
+        """How many parts a batch of so many rows is made in."""
+        return 1 if self.rows is None else min(math.ceil(rows / self.rows), max(1, rows // self.least_rows))
+
+    def divided(self, batch: Any, rows: int) -> Iterator[tuple[Any, float]]:
+        """`parts` of a batch of which it is known how many rows it has (one row cannot be divided, whatever the batch is), with
+        those that do not count in the loss: their share is 0, and their loss may not be a number."""
+        count = self.count(rows)
         bounds = [rows * number // count for number in range(count + 1)]
+        slices = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+        shares = [1.0] if count == 1 else self.share(batch, slices, rows)
+        last = max(number for number, share in enumerate(shares) if share)
         try:
-            for start, stop in itertools.pairwise(bounds):
-                if self.updates is not None and stop == rows:
+            for number, (one, share) in enumerate(zip(slices, shares, strict=True)):
+                if self.updates is not None and number == last:
                     self.updates.begin()
-                part = batch if count == 1 else _taken(batch, slice(start, stop), rows)
-                yield self._laid_out(part), (stop - start) / rows
+                yield self._laid_out(batch if count == 1 else parts.taken(batch, one, rows)), share
         finally:
             if self.updates is not None:
                 self.updates.end()
@@ -114,17 +137,18 @@ class Applied:
     def evaluate_in_parts(self, parts: int) -> None:
         """Evaluation is the loop's own affair."""
 
-    def _check(self, plan: Plan, optimizer: torch.optim.Optimizer) -> None:
+    def _check(self, plan: Plan, optimizer: torch.optim.Optimizer, settings: techniques.Configs) -> None:
         """Raise `BadInput` with all that stands against the plan here."""
         configs = techniques.configs(plan)
-        faults = techniques.conflicts(configs, {"optimizer": {"name": _name(optimizer)}})
+        faults = techniques.conflicts(configs, {**settings, "optimizer": {"name": _name(optimizer)}})
+        faults += _another(plan, self.model)
         own = {id(parameter) for parameter in self.model.parameters()}
         if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
             faults.append("the optimizer has none of the model's parameters: build it from this model's.")
         if "optimizer_state" in configs:
             faults += [
                 f"optimizer_state needs a new optimizer, and a {name} is attached to the given one, which it would go on driving: "
-                f"build the {name} on the new one after delest.apply."
+                f"build the {name} on the new one after delest.apply, or plan without optimizer_state (delest plan --exact)."
                 for name in _schedulers(optimizer)
             ]
         if faults:
@@ -147,19 +171,32 @@ class Applied:
         wanted = self.memory_format
         if wanted is None:
             return value
-        return _mapped(value, lambda one: one.contiguous(memory_format=wanted) if one.ndim == 4 else one)
+        return parts.mapped(value, lambda one: one.contiguous(memory_format=wanted) if one.ndim == 4 else one)
 
 
 def _checked(loss: Any) -> Any:
-    """The loss, where it is a mean over rows, as parts are weighted. Raises `BadInput` for another reduction and for a class."""
+    """The loss, where it is a mean, as parts are weighted. Raises `BadInput` for another reduction and for a class."""
     if isinstance(loss, type):
         raise errors.BadInput(f"the loss {loss.__name__} is a class: give an instance, as in loss={loss.__name__}().")
-    reduction = getattr(loss, "reduction", "mean")
+    reduction = parts.settings_of(loss).get("reduction", "mean")
     if reduction != "mean":
         raise errors.BadInput(
             f"the loss has reduction={reduction!r}, but parts of a batch are weighted as means over rows: use reduction='mean'."
         )
     return loss
+
+
+def _another(plan: Plan, model: nn.Module) -> list[str]:
+    """What tells that a plan was made for another model; nothing where it does not say for which."""
+    now, then = fingerprint(model), plan.model
+    if then is None or then["shapes"] == now["shapes"]:
+        return []
+    same = (then["parameters"], then["tensors"]) == (now["parameters"], now["tensors"])
+    here = "as many, of other shapes" if same else f"{now['parameters']:,} in {now['tensors']:,} tensors"
+    return [
+        f"the plan was made for another model: that has {then['parameters']:,} parameters in {then['tensors']:,} tensors, this one "
+        f"{here}. Make a plan for this model (delest plan JOB, with a job that builds it), or apply the plan to its own."
+    ]
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
@@ -221,34 +258,3 @@ def _lay_out(optimizer: torch.optim.Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-# Batches
-
-
-def _rows_of(batch: Any) -> int:
-    found: list[Tensor] = []
-    _mapped(batch, lambda one: found.append(one) or one)  # type: ignore[func-returns-value]
-    for tensor in found:
-        if tensor.ndim:
-            if len(tensor) == 0:
-                raise errors.BadInput("the batch has no rows.")
-            return len(tensor)
-    raise errors.BadInput(f"the batch, a {type(batch).__name__}, holds no tensor with rows.")
-
-
-def _taken(batch: Any, taken: slice, rows: int) -> Any:
-    return _mapped(batch, lambda one: one[taken] if one.ndim and len(one) == rows else one)
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same tuples, lists and mappings (as dictionaries) around changed tensors."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: _mapped(item, change) for name, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_mapped(item, change) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_mapped(item, change) for item in value)
-    return value

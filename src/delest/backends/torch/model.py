@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import traceback
 from typing import Any
 
@@ -43,3 +44,14 @@ def call(model: Any, inputs: Any) -> Any:
     if isinstance(inputs, tuple):
         return model(*inputs)
     return model(inputs)
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """By what a plan knows its model again: how many `parameters` in how many `tensors`, and the SHA-256 of their `shapes`, in
+    order; not their names, which differ from loop to loop."""
+    shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "tensors": len(shapes),
+        "shapes": hashlib.sha256(repr(shapes).encode()).hexdigest(),
+    }

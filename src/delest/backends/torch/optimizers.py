@@ -138,7 +138,8 @@ def allocate(optimizer: torch.optim.Optimizer) -> None:
         if "momentum_buffer" in names and not group["momentum"]:
             continue
         for parameter in group["params"]:
-            optimizer.state[parameter] = {name: _zero(name, parameter) for name in names}
+            if parameter.requires_grad:
+                optimizer.state[parameter] = {name: _zero(name, parameter) for name in names}
 
 
 def _zero(name: str, parameter: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from delest import errors, methods as techniques
-from delest.backends.torch import losses, methods, model as models, optimizers, randomness
+from delest.backends.torch import losses, methods, model as models, optimizers, randomness, rollback
 from delest.backends.torch.lean import bare_step
 from delest.backends.torch.methods.optimizer_in_backward import Updates
 from delest.job import Job
@@ -104,11 +104,11 @@ class TorchSession:
             for update in self._updates:
                 update()
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error, self.guarded):
+            if not rollback.is_out_of_memory(error, self.guarded):
                 raise
             self._restore(before)
             begun = self.updates is not None and self.updates.begun
-            raise errors.OutOfMemory(phase, _first_line(error), begun) from error
+            raise errors.OutOfMemory(phase, rollback.first_line(error), begun) from error
         finally:
             if self.updates is not None:
                 self.updates.end()
@@ -145,18 +145,13 @@ class TorchSession:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.job.recipe.clip)
         return Lazy(lambda: float(norm))
 
-    def _remember(self) -> tuple[dict[str, Any], list[Tensor]] | None:
+    def _remember(self) -> rollback.Before | None:
         """Random state and buffers before a step, where a budget is guarded."""
-        if not self.guarded:
-            return None
-        return randomness.capture(), [buffer.clone() for buffer in self.model.buffers()]
+        return rollback.remember(self.model) if self.guarded else None
 
-    def _restore(self, before: tuple[dict[str, Any], list[Tensor]] | None) -> None:
+    def _restore(self, before: rollback.Before | None) -> None:
         if before is not None:
-            randomness.restore(before[0])
-            with torch.no_grad():
-                for buffer, kept in zip(self.model.buffers(), before[1], strict=True):
-                    buffer.copy_(kept)
+            rollback.restore(self.model, before)
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast is None:
@@ -372,24 +367,6 @@ def _memory_reported(phase: str, guarded: bool) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error, guarded):
+        if not rollback.is_out_of_memory(error, guarded):
             raise
-        raise errors.OutOfMemory(phase, _first_line(error)) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
-
-
-_NO_MEMORY = ("DefaultCPUAllocator", "could not create a memory", "bad_alloc")
-# oneDNN's words for memory that it could not get, as for much else: believed where a limit is held.
-_NO_MEMORY_UNDER_LIMIT = ("could not create a primitive", "could not execute a primitive")
-
-
-def _is_out_of_memory(error: RuntimeError | MemoryError, guarded: bool) -> bool:
-    """CUDA has a class for it, Python and NumPy have one; on a CPU torch raises a plain RuntimeError with these words."""
-    words = str(error)
-    known = _NO_MEMORY + (_NO_MEMORY_UNDER_LIMIT if guarded else ())
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        "descriptor" not in words and any(some in words for some in known)
-    )
+        raise errors.OutOfMemory(phase, rollback.first_line(error)) from error

@@ -12,6 +12,7 @@ from delest import errors
 from delest.backends.torch import randomness
 from delest.backends.torch.methods.blocks import Call
 from delest.backends.torch.model import where
+from delest.backends.torch.rollback import is_out_of_memory
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest: kernels round otherwise at another number of rows
 _HALF_TOLERANCE = 3e-2
@@ -45,9 +46,7 @@ def check(call: Call, tensors: Sequence[Tensor]) -> None:
         with call.precision():
             fault = _fault(call, tensors)
     except RuntimeError as error:
-        from delest.backends.torch.session import _is_out_of_memory  # which imports the methods
-
-        if _is_out_of_memory(error, guarded=True):
+        if is_out_of_memory(error, True):
             raise
         fault = f"fails on single rows of its batch ({where(error)})"
     finally:
