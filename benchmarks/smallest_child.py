@@ -58,7 +58,7 @@ def plan(name: str) -> dict[str, Any]:
     from delest.planning.request import EXACT, Request
     from delest.records.form import to_json
     from delest.records.plan import Plan
-    from delest.verbs.look import _examine
+    from delest.verbs.planning import _examine
 
     heap.is_here = lambda: (
         False

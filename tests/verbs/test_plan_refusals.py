@@ -15,7 +15,7 @@ from delest.records.form import from_json
 from delest.records.hardware import Roofline
 from delest.records.plan import Plan
 from delest.training.progress import Progress
-from delest.verbs import look
+from delest.verbs import planning
 from delest.verbs.workplace import open_workplace, preprocessing_json
 
 MIB = 1 << 20
@@ -67,6 +67,9 @@ def test_methods_that_do_not_suit_are_tried_and_turned_down(monkeypatch: pytest.
             "samples": [sample],
             "variants": {},
             "batch_statistics": False,
+            "busy": "",
+            "largest_bytes": 1 << 20,
+            "device_memory_bytes": None,
             "base_bytes": 4 * MIB,
             "weights_bytes": MIB,
             "state_bytes": 3 * MIB,
@@ -80,7 +83,7 @@ def test_methods_that_do_not_suit_are_tried_and_turned_down(monkeypatch: pytest.
     index = [int(row) for row in place.splits["train"][:2]]
     threads = torch.get_num_threads()
     try:
-        found = look.choose_on_traces(place.job, preprocessing=preprocessing_json(place), index=index, request=request)
+        found = planning.choose_on_traces(place.job, preprocessing=preprocessing_json(place), index=index, request=request)
     finally:
         torch.set_num_threads(threads)
     why = {one.method: one.why for one in from_json(Plan, found).rejected}

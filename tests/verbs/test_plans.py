@@ -18,7 +18,7 @@ from delest.records.form import from_json
 from delest.records.plan import Plan
 from delest.storage import write_json
 from delest.training.progress import Progress
-from delest.verbs import kept_plans, look
+from delest.verbs import kept_plans, planning
 
 JOB = """
 import numpy as np
@@ -99,7 +99,7 @@ def test_what_was_probed_on_a_busy_machine_is_said_and_kept_for_a_while_only(job
         plan = delest.plan(jobs.load(job), threads=1)
         assert "threads waited for a core in 60% of the time" in plan.notes[0]
     assert len(called) == 1
-    monkeypatch.setattr(look, "BUSY_KEPT_SECONDS", 0.0)
+    monkeypatch.setattr(planning, "BUSY_KEPT_SECONDS", 0.0)
     delest.plan(jobs.load(job), threads=1)
     assert len(called) == 2
 

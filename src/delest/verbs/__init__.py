@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from delest.verbs.devices import read_prices
 from delest.verbs.everything import run
-from delest.verbs.look import doctor, explain, inspect, plan
+from delest.verbs.look import doctor, inspect
 from delest.verbs.memory import estimate, measure, measure_script, read_budget, sweep
 from delest.verbs.own_loop import apply
+from delest.verbs.planning import explain, plan
 from delest.verbs.ship import predict, report, shrink
 from delest.verbs.starting import environment_for, execute
 from delest.verbs.training import train

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delest import errors, job as jobs, malloc, processes
-from delest.verbs.look import check_device
-from delest.verbs.workplace import Workplace, check_batch, open_workplace, preprocessing_json
+from delest.verbs.workplace import Workplace, check_batch, check_device, open_workplace, preprocessing_json
 
 if TYPE_CHECKING:
     from delest.records.footprint import Footprint

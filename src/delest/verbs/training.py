@@ -17,7 +17,7 @@ from delest.records.form import read_json, read_object
 from delest.records.plan import Plan
 from delest.records.run import Best, Run
 from delest.training import limit
-from delest.verbs.look import plan_as_given, plan_workplace
+from delest.verbs.planning import plan_as_given, plan_workplace
 from delest.verbs.preview import train_preview
 from delest.verbs.starting import plan_of_before, start_with
 from delest.verbs.workplace import (

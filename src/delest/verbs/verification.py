@@ -18,9 +18,9 @@ from delest.methods import environment
 from delest.records.form import from_json, to_json
 from delest.records.plan import Plan
 from delest.records.verification import MethodCheck, ResumeCheck, Verification
-from delest.verbs.look import check_device, plan_as_given, plan_workplace
+from delest.verbs.planning import plan_as_given, plan_workplace
 from delest.verbs.training import digest
-from delest.verbs.workplace import Workplace, backend, build_trainer, open_workplace, preprocessing_json
+from delest.verbs.workplace import Workplace, backend, build_trainer, check_device, open_workplace, preprocessing_json
 
 if TYPE_CHECKING:
     from delest.training.progress import Progress

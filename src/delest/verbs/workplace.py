@@ -205,3 +205,17 @@ def backend(job: Job) -> Any:
     from delest.backends.torch import TorchBackend
 
     return TorchBackend()
+
+
+def check_device(device: str | None) -> None:
+    """Raise `BadInput` for a device that is unknown or that this build of torch cannot use, with the remedy."""
+    if device in (None, "auto", "cpu"):
+        return
+    if device != "cuda":
+        raise errors.BadInput(f"unknown device {device!r}: use cpu or cuda.")
+    from delest.hardware.accelerators import find_accelerators
+
+    found = find_accelerators()
+    if not any(gpu.usable for gpu in found):
+        why = "; ".join(f"{gpu.name}: {gpu.remedy}" for gpu in found) or "no GPU was found on this machine"
+        raise errors.BadInput(f"--device cuda cannot be used: {why}. `delest doctor` says more.")
