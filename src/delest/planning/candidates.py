@@ -22,6 +22,7 @@ from delest.records.trace import Trace
 
 # The one whose fresh memory is charged: where malloc keeps what is freed, pages are new in the first steps alone.
 FRESH = {"mmap": "mmap"}
+REPLAYS = 4  # of a heap for each combination: what more of them would tell is within the margin
 STATE_SHARE = 0.26  # of fp32 moments, in 8 bits with a scale for each 256 of them
 
 
@@ -96,7 +97,7 @@ class Judge:
         if self.allocator == "mmap":
             return max(mapped_bytes(lives))
         if self.allocator == "glibc" and heap.is_here():
-            return max(heap.hold(lives)[1])
+            return max(heap.hold(lives, seeds=heap.SEEDS[:REPLAYS])[1])
         return self._live(trace, rows, batch, evaluated)
 
 
