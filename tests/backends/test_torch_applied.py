@@ -204,7 +204,7 @@ def test_all_that_stands_against_a_plan_is_reported_together() -> None:
     both = plan(optimizer_in_backward={}, micro_batch={"rows": 4})
     with pytest.raises(errors.BadInput) as raised:
         delest.apply(both, net, torch.optim.Adafactor(nn.Linear(2, 2).parameters()))
-    assert len(raised.value.faults) == 2
+    assert len(raised.value.faults) == 3
     assert "last part" in str(raised.value)
     assert "none of the model's parameters" in str(raised.value)
 

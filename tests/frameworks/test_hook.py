@@ -95,19 +95,10 @@ def test_what_the_loop_does_can_exclude_a_method(setting: str, said: str) -> Non
         Hook(plan=plan(optimizer_in_backward={})).apply(model, torch.optim.AdamW(model.parameters()), {setting: {}})
 
 
-def test_what_must_act_before_the_process_starts_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-    from types import ModuleType
-
-    from delest import methods
-
-    early = ModuleType("delest.methods.early")
-    early.STAGE, early.conflicts = "process", lambda config, others: None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "delest.methods.early", early)
-    monkeypatch.setattr(methods, "NAMES", (*methods.NAMES, "early"))
+def test_what_must_act_before_the_process_starts_is_told() -> None:
     model = Outer()
-    with pytest.warns(errors.DelestWarning, match="early: arenas 1; not yet applied.*delest exec"):
-        Hook(plan=plan(early={"arenas": 1})).apply(model, torch.optim.AdamW(model.parameters()), {})
+    with pytest.warns(errors.DelestWarning, match="allocator: name jemalloc; not yet applied.*delest exec"):
+        Hook(plan=plan(allocator={"name": "jemalloc"})).apply(model, torch.optim.AdamW(model.parameters()), {})
 
 
 def test_a_budget_of_a_model_on_another_device_is_refused() -> None:
