@@ -38,6 +38,7 @@ def render() -> str:
         *_step_time(read("step_time")["bounds"]),
         *_scripts(read("measure_scripts")["rows"]),
         _published(read("published")["bounds"]),
+        *_smallest({row["row"]: row for row in read("smallest_budget")["rows"]}),
         _startup({row["row"]: row for row in startup["rows"]}),
     ]
     return "\n".join(lines)
@@ -125,6 +126,25 @@ def _published(bounds: list[dict[str, Any]]) -> str:
         f"| * peak memory of 17 published GPU trainings, without a GPU: error, median and worst | | **{100 * median:.1f} %, {100 * worst:.0f} %** "
         f"| `python benchmarks/published.py --data CSV` |"
     )
+
+
+def _smallest(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """From the class of networks that gains most to the one that gains least."""
+    names = {
+        "vit": "vision transformer, 32 images",
+        "gpt": "language model, 8 x 256 tokens of 50,257 words",
+        "resnet18": "ResNet-18, 32 small images",
+    }
+    lines = []
+    for name, words in names.items():
+        row = rows[name]
+        exact, free = (f"{row[how]['peak_bytes'] / 2**20:,.0f} MiB ({row[how]['factor']:.1f}x)" for how in ("exact", "any"))
+        times = ", ".join(f"{row[how]['time_ratio']:.2f}" for how in ("exact", "any"))
+        lines.append(
+            f"| * least memory above the idle process, same effective batch: {words} | {row['plain_peak_bytes'] / 2**20:,.0f} MiB (plain, AdamW) "
+            f"| **{exact} exact, {free} with 8-bit moments**, {times} of the time | `python benchmarks/smallest_budget.py` |"
+        )
+    return lines
 
 
 def _startup(rows: dict[str, dict[str, Any]]) -> str:
