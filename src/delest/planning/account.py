@@ -123,7 +123,8 @@ def _frontier(candidates: Sequence[Candidate], request: Request) -> tuple[Option
     """What no other combination beats in both memory and time, from the least memory to the shortest step."""
     found: list[Candidate] = []
     for one in candidates:  # fastest first
-        if not found or one.grown_bytes < (1 - TELLING) * found[-1].grown_bytes:
+        whole = request.idle_bytes + one.grown_bytes
+        if not found or whole < (1 - TELLING) * (request.idle_bytes + found[-1].grown_bytes):
             found.append(one)
     return tuple(_option(one, request) for one in reversed(found))
 
@@ -145,7 +146,7 @@ def _rejections(found: Candidate, candidates: Sequence[Candidate], judge: Judge)
             continue
         having = [one for one in candidates if one.uses(name) or (name == "micro_batch" and one.rows < request.job.batch_size)]
         if not having:
-            yield Rejection(method=name, why=judge.refused.get(name) or _not_here(name, request))
+            yield Rejection(method=name, why=judge.refused.get(name, "").removeprefix(f"{name}: ") or _not_here(name, request))
             continue
         fitting = [one for one in having if one.grown_bytes <= request.most_grown_bytes]
         fitting.sort(key=lambda one: keeps_of(one, request) not in EXACT)
