@@ -393,7 +393,7 @@ def test_ignored_targets_under_a_loss_that_is_not_known_are_told_of_once_by_name
     ):
         applied = delest.apply(plan(micro_batch={"rows": 4}), net, torch.optim.SGD(net.parameters(), lr=0.1), loss)
         with pytest.warns(errors.DelestWarning, match=f"hold -100.*{name}") as caught:
-            _ = [applied.step(given) for _ in range(2)]
+            _ = [list(applied.parts(given)) for _ in range(2)]  # a step of its own measures it
         assert len(caught) == 1
         whole = delest.apply(plan(), net, torch.optim.SGD(net.parameters(), lr=0.1), loss)
         with warnings.catch_warnings():
@@ -439,3 +439,53 @@ def test_a_plan_of_another_model_is_refused_and_one_of_the_same_shapes_is_not() 
             delest.apply(made, other, torch.optim.SGD(other.parameters(), lr=0.1), cross_entropy)
     for same in (net, Renamed()):
         delest.apply(made, same, torch.optim.SGD(same.parameters(), lr=0.1), cross_entropy)
+
+
+IGNORING = torch.where(torch.arange(32) < 20, -100, torch.arange(32) % 3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets"),
+    [
+        (lambda outputs, targets: cross_entropy(outputs, targets), IGNORING),
+        (lambda outputs, targets: cross_entropy(outputs, targets), IGNORING.clamp(min=0)),
+        (lambda outputs, targets: cross_entropy(outputs, targets, reduction="sum") / 100, IGNORING.clamp(min=0)),
+    ],
+)
+def test_how_a_function_of_ones_own_adds_up_is_measured(loss: Any, targets: Tensor) -> None:
+    nets = [nn.Linear(6, 3, dtype=torch.float64) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in nets]
+    inputs = torch.randn(32, 6, dtype=torch.float64)
+    applied = delest.apply(plan(micro_batch={"rows": 8}), nets[0], optimizers[0], loss)
+    for _ in range(3):
+        ours = applied.step((inputs, targets))
+        theirs = loss(nets[1](inputs), targets)
+        theirs.backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        assert float(ours) == pytest.approx(theirs.item(), rel=1e-9)
+    assert torch.allclose(nets[0].weight, nets[1].weight, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda outputs, targets: cross_entropy(outputs, targets, weight=torch.tensor([1.0, 5.0, 25.0], dtype=torch.float64)),
+        lambda outputs, targets: (outputs @ outputs.T).logsumexp(1).mean(),
+    ],
+)
+def test_a_function_that_does_not_add_up_is_refused_before_anything_changes(loss: Any) -> None:
+    net = nn.Linear(6, 3, dtype=torch.float64)
+    before = net.weight.detach().clone()
+    applied = delest.apply(plan(micro_batch={"rows": 8}), net, torch.optim.SGD(net.parameters(), lr=0.1), loss)
+    with pytest.raises(errors.BadInput, match="cannot be made in parts.*CrossEntropyLoss"):
+        applied.step((torch.randn(32, 6, dtype=torch.float64), torch.arange(32) % 3))
+    assert torch.equal(net.weight, before)
+
+
+def test_a_model_that_needs_a_loss_says_so() -> None:
+    net = nn.Linear(6, 3)
+    applied = delest.apply(plan(), net, torch.optim.SGD(net.parameters()))
+    with pytest.raises(errors.BadInput, match="pass delest.apply"):
+        applied.step((torch.randn(4, 6), torch.zeros(4, dtype=torch.int64)))

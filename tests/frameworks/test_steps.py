@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from delest import errors
+from delest.backends.torch.addition import Addition
 from delest.backends.torch.applied import Applied
 from delest.backends.torch.parts import ignoring
-from delest.frameworks.steps import Addition, Steps, weighted
+from delest.frameworks.steps import Steps, weighted
 from delest.records.plan import Plan
 
 cross_entropy = nn.functional.cross_entropy

@@ -61,11 +61,19 @@ def _column(source: Source, column: Column) -> dict[str, Any]:
         return described
     statistics = {
         "mean": values.mean(dtype=np.float64),
-        "std": values.std(dtype=np.float64),
+        "std": _deviation(values),
         "low": values.min(),
         "high": values.max(),
     }
     return {**described, **{name: float(value) for name, value in statistics.items()}}
+
+
+def _deviation(values: NDArray[Any]) -> float:
+    """Standard deviation, block by block: NumPy's own takes eight bytes for each value."""
+    flat, mean = values.reshape(-1), values.mean(dtype=np.float64)
+    count = _BLOCK_BYTES // 8
+    blocks = (flat[start : start + count] for start in range(0, flat.size, count))
+    return float(np.sqrt(sum(float(np.square(block - mean).sum()) for block in blocks) / flat.size))
 
 
 def _row_size(schema: Schema) -> int:

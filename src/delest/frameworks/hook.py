@@ -15,11 +15,12 @@ from torch import nn
 
 from delest import errors, methods, units
 from delest.backends.torch import optimizers, rollback
+from delest.backends.torch.addition import LossOf
 from delest.backends.torch.applied import Applied
 from delest.backends.torch.model import fingerprint
 from delest.backends.torch.parts import Share
 from delest.frameworks.record import Record
-from delest.frameworks.steps import LossOf, Steps
+from delest.frameworks.steps import Steps
 from delest.hardware import machine
 from delest.records.form import read_json
 from delest.records.plan import Plan

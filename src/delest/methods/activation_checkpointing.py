@@ -27,7 +27,7 @@ def conflicts(config: dict[str, Any], others: Configs) -> str | None:
 def code(config: dict[str, Any]) -> str:
     names = ", ".join(repr(name) for name in config["modules"])
     return (
-        f"for name in ({names},):\n"
+        f"import functools, torch.utils.checkpoint\nfor name in ({names},):\n"
         "    module = model.get_submodule(name)\n"
         "    module.forward = functools.partial(torch.utils.checkpoint.checkpoint, module.forward, use_reentrant=False)"
         "  # batch statistics then move twice a step"

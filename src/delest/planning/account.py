@@ -25,6 +25,7 @@ def account_for(
     """The plan of a candidate, beside the plain step with `base` alone, whose trace is `plain`; judges by allocator, the process's first."""
     judge = next(iter(judges.values()))
     request = judge.request
+    candidates = _beside(found, candidates)
     batch = request.job.batch_size
     without = Candidate(base, batch, judge.held_bytes(plain, batch), judge.seconds(plain, batch))
     choices = _explained(found, without, plain, judges)
@@ -44,6 +45,12 @@ def account_for(
         code="\n".join(methods.named(choice.method).code(choice.config) for choice in choices),
         notes=notes(request, found.rows),
     )
+
+
+def _beside(found: Candidate, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates with seconds as a closer look at the one that was found would have them."""
+    first = next((one.seconds for one in candidates if one.choices == found.choices and one.rows == found.rows), found.seconds)
+    return [replace(one, seconds=one.seconds * found.seconds / first) for one in candidates]
 
 
 def _explained(found: Candidate, without: Candidate, plain: Trace, judges: Mapping[str, Judge]) -> tuple[Choice, ...]:
@@ -156,7 +163,7 @@ def _rejections(found: Candidate, candidates: Sequence[Candidate], judge: Judge)
                 method=name, why=f"does not fit even with it: {format_bytes(request.high_bytes(least.grown_bytes))}"
             )
         elif keeps_of(fitting[0], request) not in EXACT and keeps_of(found, request) in EXACT:
-            yield Rejection(method=name, why="it changes the results, and another plan fits that leaves them as they are")
+            yield Rejection(method=name, why="it fits only with what changes the results, and another plan fits without that")
         else:
             pace = f"{format_seconds(fitting[0].seconds)} a step against {format_seconds(found.seconds)}"
             yield Rejection(method=name, why=f"the fastest plan with it that fits is expected to take {pace}")

@@ -78,9 +78,14 @@ def plain_footprint(request: Request, faster: Sequence[Choice]) -> Footprint:
 
 def _predict(request: Request, faster: Sequence[Choice], rows: int) -> Footprint:
     costs, batch = Costs(request.idle_bytes, request.probe), request.job.batch_size
+    return costs.footprint(rows, batch, predicted_seconds(request, faster), request.probe["device"], request.isolated)
+
+
+def predicted_seconds(request: Request, faster: Sequence[Choice]) -> float:
+    """Of one step on the whole batch with these choices, each as much faster as it was in the probe."""
     chosen = [request.probe["variants"].get(choice.method) for choice in faster]
-    seconds = costs.seconds(batch) * math.prod(times["with"] / times["plain"] for times in chosen if times)
-    return costs.footprint(rows, batch, seconds, request.probe["device"], request.isolated)
+    whole = Costs(request.idle_bytes, request.probe).seconds(request.job.batch_size)
+    return whole * math.prod(times["with"] / times["plain"] for times in chosen if times)
 
 
 def choose(request: Request, faster: Sequence[Choice], rejected: Sequence[Rejection]) -> Plan:
@@ -121,7 +126,7 @@ def choose(request: Request, faster: Sequence[Choice], rejected: Sequence[Reject
         micro_batch=rows,
         memory_bytes=budget_bytes if request.asked else None,
         predicted=predict(rows),
-        plain=plain,
+        plain=replace(plain, step_seconds=predicted_seconds(request, ())),
         rejected=tuple(rejected),
         threads=request.threads,
         device=probe["device"],
@@ -162,11 +167,8 @@ def faster(request: Request) -> tuple[list[Choice], list[Rejection]]:
         if request.exact and keeps not in EXACT:
             rejected.append(Rejection(method=method, why=f"it changes the results ({keeps}), and exact ones are asked for"))
         elif gain >= LEAST_GAIN:
-            choices.append(
-                make_choice(
-                    method, configs[method], probe, f"faster here: {measured}", cost_seconds=times["with"] - times["plain"]
-                )
-            )
+            cost = predicted_seconds(request, choices) * -gain
+            choices.append(make_choice(method, configs[method], probe, f"faster here: {measured}", cost_seconds=cost))
         else:
             rejected.append(Rejection(method=method, why=f"no gain here: {measured}"))
     if job.recipe.precision == "auto" and "precision" not in probe["variants"]:

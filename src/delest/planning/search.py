@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -28,17 +27,21 @@ def choose(
     """
     faster, rejected = probed.faster(request)
     request = threaded(request, faster)
-    plain = probed.plain_footprint(request, faster)
+    plain, split = probed.plain_footprint(request, faster), None
     if plain.high_bytes <= request.budget_bytes:
         return probed.choose(request, faster, rejected)
     if (plain.step_seconds or 0.0) < SHORT_STEP_SECONDS and not (request.exact and request.probe["batch_statistics"]):
-        with contextlib.suppress(errors.NothingFits):  # traces know more than to split the batch
+        try:
             return probed.choose(request, faster, rejected)
+        except errors.NothingFits as error:  # traces know more than to split the batch
+            split = error
     if tracing is None:
         return None
     try:
         plan = traced.choose(request, tuple(faster), *tracing())
     except errors.NothingFits as error:
+        if split is not None and (split.smallest_bytes or 0) <= (error.smallest_bytes or 0):
+            raise split from None
         if error.plan is not None:
             error.plan["rejected"] = [*to_plain(rejected), *error.plan["rejected"]]
         raise

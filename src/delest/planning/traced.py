@@ -58,7 +58,8 @@ def choose(
     smallest = request.high_bytes(least.grown_bytes) + SLACK_BYTES
     for judge in judges.values():
         judge.request = replace(judge.request, budget_bytes=smallest)
-    raise _nothing(least, request, account_for(least, candidates, base, plain, judges), smallest)
+    best = _fastest(kept, judges, retrace) or _fastest(candidates, judges, retrace) or least
+    raise _nothing(best, request, account_for(best, candidates, base, plain, judges), smallest)
 
 
 def _allocator(judge: Judge) -> tuple[Choice, ...]:

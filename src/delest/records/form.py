@@ -71,6 +71,8 @@ def read_object(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise errors.BadInput(f"{path} does not exist.") from None
+    except OSError as error:
+        raise errors.BadInput(f"{path} cannot be read ({error.strerror}).") from None
     except ValueError as error:
         raise errors.BadInput(f"{path} is not valid JSON ({error}).") from None
     return without_format(data, str(path))

@@ -122,13 +122,19 @@ def explained_text(plan: Plan, method: str, about: str) -> str:
     against = [one.why for one in plan.rejected if one.method == method]
     verdict = f"{method}: chosen" if choice else f"{method}: not chosen"
     figures = [
-        ("why", choice.why if choice else "; ".join(against) or "it was not needed: the plain step fits"),
+        ("why", choice.why if choice else "; ".join(against) or _unconsidered(plan)),
         *([("settings", words.pairs_words(choice.config))] if choice and choice.config else []),
         *([("saves", format_bytes(choice.saved_bytes))] if choice and choice.saved_bytes is not None else []),
         *([("costs a step", format_seconds(choice.cost_seconds))] if choice and choice.cost_seconds is not None else []),
         *([("results", choice.keeps)] if choice else []),
     ]
     return sections(verdict, ("", table(figures)), ("what it is", textwrap.indent(about, "  ")))
+
+
+def _unconsidered(plan: Plan) -> str:
+    if plan.micro_batch < plan.batch_size:
+        return "it was not considered: the step is short, and a batch in parts fits"
+    return "it was not needed: the plain step fits"
 
 
 _OPTION_HEADER = ("peak", "a step", "results", "how")

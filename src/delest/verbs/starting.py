@@ -60,7 +60,8 @@ def environment_for(plan: Plan | str | Path) -> dict[str, str]:
     """
     found = plan if isinstance(plan, Plan) else read_json(Plan, Path(plan))
     threads = {name: str(found.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")} if found.threads else {}
-    return {**methods.environment(found), **threads}
+    own = methods.environment(found)
+    return {**own, **{name: count for name, count in threads.items() if name not in own}}
 
 
 def execute(command: Sequence[str], variables: dict[str, str]) -> NoReturn:

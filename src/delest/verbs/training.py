@@ -117,6 +117,7 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
         with contextlib.nullcontext() if hold is None else hold.released():
             place = open_workplace(loaded, say, folder if settings.resume else None)
             plan = _plan(place, settings, folder, say)
+            _ = place.summary  # now: looking at the data takes memory for a moment
             start_with(plan, place.seconds.get("planning", 0.0))
         for note in () if settings.resume else plan.notes:
             say.note(note)

@@ -141,8 +141,22 @@ def given_plan(place: Workplace, plan: Plan | str | Path, told: Mapping[str, Any
         raise errors.BadInput(
             f"the plan is for a batch of {found.batch_size} rows, the job has {place.job.batch_size}: make a new plan."
         )
-    if faults := methods.conflicts(methods.configs(found), methods.of_recipe(place.job.recipe)):
+    faults = _contradictions(found) or methods.conflicts(methods.configs(found), methods.of_recipe(place.job.recipe))
+    if faults:
         raise errors.BadInput(faults)
+    check_device(found.device)
+    return found
+
+
+def _contradictions(plan: Plan) -> list[str]:
+    """What an edited plan says twice, and not alike."""
+    names = [choice.method for choice in plan.choices]
+    found = [f"the plan has the choice {name} more than once." for name in dict.fromkeys(names) if names.count(name) > 1]
+    rows = (plan.config("micro_batch") or {}).get("rows", plan.batch_size)
+    if isinstance(rows, int) and rows != plan.micro_batch:
+        found.append(
+            f"the plan's micro_batch is {plan.micro_batch} rows, its choice micro_batch makes it {rows} of {plan.batch_size}: write the same."
+        )
     return found
 
 

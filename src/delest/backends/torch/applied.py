@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from delest import errors, methods as techniques
-from delest.backends.torch import methods, parts
+from delest.backends.torch import methods, parts, rollback
+from delest.backends.torch.addition import Addition, judging
 from delest.backends.torch.methods.optimizer_in_backward import Updates
 from delest.backends.torch.model import call, fingerprint
 from delest.methods.optimizer_in_backward import ELEMENTWISE
@@ -53,6 +54,7 @@ class Applied:
             torch.set_num_threads(plan.threads)
         self.changes = _changes(plan, optimizer, self.optimizer)
         self.share = parts.of_loss(loss)
+        self._addition = None if parts.settings_of(loss)["known"] else Addition(parts.ignoring(model))
         if self.rows is not None:
             for said in self.doubts():
                 warnings.warn(said, errors.DelestWarning, stacklevel=3)
@@ -79,11 +81,12 @@ class Applied:
 
         A batch is a pair `(inputs, targets)` for `loss(model(inputs), targets)`; inputs are a tensor, a tuple for
         `model(*inputs)` or a mapping for `model(**inputs)`. Without a loss the whole batch is the model's inputs, and its
-        output has a `.loss`. The loss is a mean over rows, or torch's cross entropy over what it does not ignore. Raises `BadInput`
-        for batches of another form.
+        output has a `.loss`. How a loss adds up that is not torch's cross entropy is measured on a few rows of the first batches. Raises
+        `BadInput` for batches of another form, and for a loss that is neither a mean over rows or targets nor a sum.
         """
         total: Tensor | None = None
         try:
+            self._find_out(batch)
             for part, weight in self.parts(batch):
                 with self.precision():
                     loss = self._loss(part)
@@ -95,6 +98,17 @@ class Applied:
             self.optimizer.zero_grad(set_to_none=True)
         assert total is not None
         return total
+
+    def _find_out(self, batch: Any) -> None:
+        """How the loss is made of that of parts, where only measuring can tell; nothing of the model is changed."""
+        rows = parts.rows_of(batch)
+        if self._addition is None or self.count(rows) == 1:
+            return
+        before = rollback.remember(self.model)
+        with judging(self.model), self.precision():
+            self._addition.find_out(batch, rows, lambda some: float(self._loss(self._laid_out(some))))
+        rollback.restore(self.model, before)
+        self.share = self._addition.share
 
     def parts(self, batch: Any) -> Iterator[tuple[Any, float]]:
         """The micro-batches of a batch with their shares of its loss, for a loop body of one's own: multiply the loss of each by its
@@ -159,7 +173,13 @@ class Applied:
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                 raise errors.BadInput(f"with a loss a batch is a pair (inputs, targets), not a {type(batch).__name__}.")
             return self.loss(_call(self.model, batch[0]), batch[1])
-        outputs = _call(self.model, batch)
+        try:
+            outputs = _call(self.model, batch)
+        except TypeError as error:
+            raise errors.BadInput(
+                f"the model does not take a whole batch as its inputs ({error}): where batches are pairs of inputs and targets, pass "
+                "delest.apply(plan, model, optimizer, loss=...)."
+            ) from error
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
         if loss is None:
             raise errors.BadInput(
