@@ -71,6 +71,7 @@ def test_a_plan_with_nothing_of_the_kind_runs_the_script_as_it_is(tmp_path):
         (("none.json", "--", "true"), "none.json"),
         (("broken.json", "--", "true"), "broken.json"),
         (("strange.json", "--", "true"), "unknown method 'witchcraft'"),
+        ((".", "--", "true"), "cannot be read"),
         (("library.json", "--", "true"), "the choice allocator has 'mimalloc' as config.name"),
         (("plan.json", "--", "no-such-command"), "'no-such-command' cannot be run"),
         (("plan.json", "--", "./train.py"), "'./train.py' cannot be run"),

@@ -60,7 +60,7 @@ def test_more_memory_is_said_to_buy_time_only_where_it_does():
     [
         ("micro_batch", "micro_batch: chosen", "4 parts of 32 rows"),
         ("bf16", "bf16: not chosen", "1.9 times slower"),
-        ("precision", "precision: not chosen", "it was not needed"),
+        ("precision", "precision: not chosen", "it was not considered"),
     ],
 )
 def test_one_method_is_explained(method, verdict, why):

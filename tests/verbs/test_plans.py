@@ -162,6 +162,14 @@ def test_a_budget_above_the_machines_is_bad_input(job, probed):
     ("choice", "words"),
     [
         ({"method": "micro_batch", "config": {}}, "the choice micro_batch lacks config.rows"),
+        (
+            {"method": "micro_batch", "config": {"rows": 8}},
+            "the plan's micro_batch is 4 rows, its choice micro_batch makes it 8 of 32",
+        ),
+        (
+            {"method": "micro_batch", "config": {"rows": 32}},
+            "the plan's micro_batch is 4 rows, its choice micro_batch makes it 32",
+        ),
         ({"method": "optimizer_in_backward", "config": {}}, "optimizer_in_backward excludes micro_batch: "),
     ],
 )
@@ -171,6 +179,16 @@ def test_a_plan_that_was_edited_wrongly_is_bad_input(job, choice, words, capsys)
     Path("plan.json").write_text(json.dumps({"batch_size": 32, "micro_batch": 4, "choices": choices}))
     assert main(["train", str(job), "--plan", "plan.json", "--quiet"]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_plan_for_a_gpu_that_is_not_here_is_bad_input(job, capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    Path("plan.json").write_text(json.dumps({"batch_size": 32, "micro_batch": 32, "choices": [], "device": "cuda"}))
+    assert main(["train", str(job), "--plan", "plan.json", "--quiet"]) == 2
+    assert "--device cuda cannot be used" in capsys.readouterr().err
 
 
 def test_the_key_holds_what_surrounds_a_job(job, monkeypatch):

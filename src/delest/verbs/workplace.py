@@ -141,8 +141,7 @@ def given_plan(place: Workplace, plan: Plan | str | Path, told: Mapping[str, Any
         raise errors.BadInput(
             f"the plan is for a batch of {found.batch_size} rows, the job has {place.job.batch_size}: make a new plan."
         )
-    faults = _contradictions(found) or methods.conflicts(methods.configs(found), methods.of_recipe(place.job.recipe))
-    if faults:
+    if faults := methods.conflicts(methods.configs(found), methods.of_recipe(place.job.recipe)) or _contradictions(found):
         raise errors.BadInput(faults)
     check_device(found.device)
     return found
