@@ -124,7 +124,7 @@ class Hook:
         self.guard.option = "memory="
         for line in self.applied.changes:
             self.record.note(line)
-        self._open.enter_context(self.guard.watching(self.budget_bytes, apart=True))
+        self._open.enter_context(self.guard.watching(self.budget_bytes))
 
     def replace(self, owner: Any, **methods: Callable[..., Any]) -> None:
         """Put methods in place of an object's own until the training is closed."""

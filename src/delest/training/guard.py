@@ -68,9 +68,8 @@ class Guard:
         self._spared, self._eased_at = 0, -PATIENCE
 
     @contextlib.contextmanager
-    def watching(self, budget_bytes: int | None, *, apart: bool = False) -> Iterator[None]:
-        """Guard a budget of resident bytes while the context is open; None guards nothing. With `apart` work is done in a
-        thread of its own from the beginning, so that this one never sees an allocation fail.
+    def watching(self, budget_bytes: int | None) -> Iterator[None]:
+        """Guard a budget of resident bytes while the context is open; None guards nothing.
 
         Raises `NothingFits` where memory ran out outside a step, as when a batch was read.
         """
@@ -84,8 +83,6 @@ class Guard:
                 self.session.warm()
             self._watch.begin_anew(widen=True)
             try:
-                if apart:
-                    self._change_thread()
                 yield
             except MemoryError as error:
                 raise self._too_small(_Failure("reading", str(error))) from None
