@@ -17,26 +17,15 @@ from delest.planning.candidates import Judge
 from delest.planning.parts import evaluation_rows, find_head, in_chunks, in_layers
 from delest.planning.request import EXACT, Request
 from delest.records.batch import Batch
-from delest.records.hardware import Roofline
 from delest.records.plan import Choice, Plan
 from delest.records.source import Column, Schema, Target
+from rooflines import ROOFLINE
 
 MIB, WORDS = 1 << 20, 512  # rows where there are many classes
 ROWS, WIDTH, LAYERS, LENGTH = 32, 256, 6, 16
 BLOCKS = [f"layers.{number}" for number in range(LAYERS)]
 SCHEMA = Schema(
     inputs=(Column(name="x", kind="array", shape=(LENGTH, WIDTH)),), target=Target(name="y", kind="class", classes=("a", "b"))
-)
-ROOFLINE = Roofline(
-    device="here",
-    basis="measured",
-    source="by hand",
-    threads=1,
-    flops={"matmul.fp32": 5e10},
-    reused_bytes=1e10,
-    fresh_bytes=4e9,
-    cached_bytes=4e10,
-    overhead_seconds=5e-6,
 )
 
 

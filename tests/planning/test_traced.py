@@ -18,25 +18,14 @@ from delest.planning import search, traced
 from delest.planning.candidates import Judge
 from delest.planning.request import EXACT, SLACK_BYTES, Request
 from delest.records.batch import Batch
-from delest.records.hardware import Roofline
 from delest.records.plan import Plan
 from delest.records.source import Column, Schema, Target
+from rooflines import ROOFLINE
 
 MIB = 1 << 20
 BATCH, WIDTH, LAYERS = 64, 128, 4
 SCHEMA = Schema(
     inputs=(Column(name="x", kind="array", shape=(32, WIDTH)),), target=Target(name="y", kind="class", classes=("a", "b"))
-)
-ROOFLINE = Roofline(
-    device="here",
-    basis="measured",
-    source="by hand",
-    threads=1,
-    flops={"matmul.fp32": 5e10},
-    reused_bytes=1e10,
-    fresh_bytes=4e9,
-    cached_bytes=4e10,
-    overhead_seconds=5e-6,
 )
 
 

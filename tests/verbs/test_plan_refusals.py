@@ -12,24 +12,13 @@ from torch import Tensor, nn
 import delest
 from delest.hardware import roofline
 from delest.records.form import from_json
-from delest.records.hardware import Roofline
 from delest.records.plan import Plan
 from delest.training.progress import Progress
 from delest.verbs import planning
 from delest.verbs.workplace import open_workplace, preprocessing_json
+from rooflines import ROOFLINE
 
 MIB = 1 << 20
-ROOFLINE = Roofline(
-    device="here",
-    basis="measured",
-    source="by hand",
-    threads=1,
-    flops={"matmul.fp32": 5e10},
-    reused_bytes=1e10,
-    fresh_bytes=4e9,
-    cached_bytes=4e10,
-    overhead_seconds=5e-6,
-)
 
 
 class Centring(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from delest import errors
 from delest.backends.torch import optimizers as optimizers_of_recipes
+from delest.backends.torch.addition import judging
 from delest.backends.torch.lean import bare_step, spare_the_compiler
 from delest.backends.torch.model import call, where
 from delest.backends.torch.recorder import Recorder
@@ -83,7 +84,7 @@ class JobLoop:
             session._updates, session.parts = updates, parts
 
     def evaluate(self, batch: Batch) -> None:
-        with _evaluating(self.model):
+        with judging(self.model):
             self.session.forward(batch.inputs)
 
 
@@ -142,7 +143,7 @@ class ModuleLoop:
         bare_step(optimizer)()
 
     def evaluate(self, batch: Any) -> None:
-        with _evaluating(self.model), self._autocast():
+        with judging(self.model), self._autocast():
             call(self.model, batch["inputs"])
 
     def _autocast(self) -> Any:
@@ -158,18 +159,6 @@ class ModuleLoop:
         for tensor in tensors_of(outputs):
             return tensor.float().mean()
         raise errors.BadInput(f"the model gives a {type(outputs).__name__} and no loss was given: pass loss=.")
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _built(factory: Any) -> nn.Module:
