@@ -77,17 +77,18 @@ def test_what_is_opened_without_the_limit_must_fit_all_the_same():
             opened(hold, 128 * MIB)
 
 
+def given_back(hold: limit.Limit, size: int) -> None:
+    with hold.released():
+        np.ones(size // 8)
+
+
 def test_what_was_open_between_two_looks_and_given_back_counts_too(monkeypatch):
     monkeypatch.setattr(limit, "LEAST_SECONDS", 3600.0)  # the thread never looks
     machine.give_back_unused()
     below_the_peak = machine.peak_resident_bytes() - machine.resident_bytes()  # of the tests before
-    with (
-        limit.held(above(50 * MIB + below_the_peak)) as hold,
-        pytest.raises(errors.NothingFits, match="in use once the data were opened"),
-        hold.released(),
-    ):
-        wide = np.ones((128 * MIB + below_the_peak) // 8)
-        del wide
+    budget = above(50 * MIB + below_the_peak)
+    with limit.held(budget) as hold, pytest.raises(errors.NothingFits, match="in use once the data were opened"):
+        given_back(hold, 128 * MIB + below_the_peak)
 
 
 def test_the_thread_looks_seldom_where_the_budget_is_far_and_often_where_it_is_near():
