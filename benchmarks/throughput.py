@@ -67,7 +67,9 @@ def judge(name: str, points: list[dict[str, Any]], budget: int | None, folder: P
     if "nothing_fits" in made:
         return {**result, **made}
     result |= {"methods": {one["method"]: short(one["config"]) for one in made["choices"]}, "notes": made["notes"]}
-    result |= {"keeps": all(one["keeps"] in ("bitwise", "rounding") for one in made["choices"] if one["method"] == "micro_batch")}
+    result |= {
+        "keeps": all(one["keeps"] in ("bitwise", "rounding") for one in made["choices"] if one["method"] == "micro_batch")
+    }
     fastest = sorted(fitting, key=lambda one: one["seconds"])[:FINALISTS]
     turns = take_turns(name, {"plan": made, **{label(one["point"]): one["point"] for one in fastest}}, folder)
     result["turns"] = turns
@@ -165,7 +167,9 @@ def bounds_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             against = row[kind].get("against")
             if against is not None or ("nothing_fits" in row[kind] and row[kind]["fitting"]):
                 ratio = against["ratio"] if against else 0.0
-                found.append(results_file.bound_at_least(f"{row['row']}, {words}: samples per second over the best", ratio, BOUND))
+                found.append(
+                    results_file.bound_at_least(f"{row['row']}, {words}: samples per second over the best", ratio, BOUND)
+                )
     over = sum(not row["within"].get("kept_budget", True) for row in rows)
     return [*found, results_file.bound_at_most("plans over their budget", over, 0)]
 
@@ -177,7 +181,9 @@ def show(row: dict[str, Any]) -> None:
         if "nothing_fits" in one:
             words = f"nothing fits, and {one['fitting']} points of the grid do"
         else:
-            words = f"{statistics.median(one['turns']['plan']['seconds']):.3f} s a step ({', '.join(one['methods']) or 'plain'})"
+            words = (
+                f"{statistics.median(one['turns']['plan']['seconds']):.3f} s a step ({', '.join(one['methods']) or 'plain'})"
+            )
         print(f"{row['row']:9} {budget:12} plan {words}, planning {one['planning_seconds']:.1f} s", flush=True)
         for how in dict.fromkeys(("against", "against_alike")):
             if (found := one.get(how)) and (how == "against" or found != one["against"]):

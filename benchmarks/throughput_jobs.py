@@ -45,7 +45,9 @@ class Layer(nn.Sequential):
 
 def mlp() -> delest.Job:
     rows = np.random.default_rng(0).standard_normal((BATCHES * 64, 1024), np.float32)
-    return job(lambda: nn.Sequential(*(Layer(width, 2048) for width in (1024, 2048, 2048, 2048)), nn.Linear(2048, 10)), rows, 64)
+    return job(
+        lambda: nn.Sequential(*(Layer(width, 2048) for width in (1024, 2048, 2048, 2048)), nn.Linear(2048, 10)), rows, 64
+    )
 
 
 BLOCKS = {"resnet18": Residual, "vit": Attending, "gpt": Attending, "mlp": Layer}
