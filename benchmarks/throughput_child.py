@@ -2,8 +2,8 @@
 
     python throughput_child.py grid JOB            a line for each point, one after another
     python throughput_child.py plan JOB BUDGET     delest's plan, BUDGET in bytes or `free`
-    python throughput_child.py turns JOB WHAT      WHAT is a point, or a plan, as JSON in a file: `ready`, then after each line of
-                                                   standard input the seconds of a step
+    python throughput_child.py turns JOB WHAT      WHAT is a point, or a plan, as JSON in a file: its highest resident
+                                                   memory, then after each line of standard input also the seconds of a step
 A point of the grid is a training loop in plain PyTorch, with `torch.optim.AdamW`.
 """
 
@@ -138,10 +138,13 @@ def release() -> None:
 
 
 def grid(name: str) -> None:
-    """Each point's fastest step after its first, and its highest resident memory with that of the idle process."""
+    """Each point's fastest step after its first, and the least that its peak can be in a process of its own: what earlier points left in
+    the heap is here already, and used again."""
     from delest.hardware import machine
 
     job, _, batch = prepared(name)
+    release()
+    idle = machine.resident_bytes()
     statistics = normalises_over_batch(job.model())
     points = points_of(job, batch, 2 if statistics else 1)
     for point in points[:1]:  # libraries load, threads start
@@ -150,13 +153,15 @@ def grid(name: str) -> None:
     for point in points:
         release()
         machine.reset_peak()
+        before = machine.resident_bytes()
         step = point_step(name, job, batch, point)
         first = timed(step)
         best_first = min(best_first, first)
         seconds: list[float] = []
         while first <= DROPPED * best_first and (len(seconds) < 2 or sum(seconds) < POINT_SECONDS - first):
             seconds.append(timed(step))
-        found = {"seconds": min(seconds, default=first), "dropped": not seconds, "peak_bytes": machine.peak_resident_bytes()}
+        least = idle + machine.peak_resident_bytes() - before
+        found = {"seconds": min(seconds, default=first), "dropped": not seconds, "least_peak_bytes": least}
         del step
         keeps = point.rows == job.batch_size or not statistics
         print(json.dumps({"point": dataclasses.asdict(point), "keeps": keeps, **found}), flush=True)
@@ -188,7 +193,7 @@ def turns(name: str, path: str) -> None:
     for _ in range(2):
         seconds = timed(step)
     count = max(1, round(TURN_SECONDS / seconds))
-    print("ready", flush=True)
+    print(json.dumps({"peak_bytes": machine.peak_resident_bytes()}), flush=True)
     for _ in sys.stdin:
         taken = [timed(step) for _ in range(count)]
         print(json.dumps({"seconds": sum(taken) / count, "peak_bytes": machine.peak_resident_bytes()}), flush=True)
