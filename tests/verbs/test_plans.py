@@ -191,6 +191,22 @@ def test_a_plan_for_a_gpu_that_is_not_here_is_bad_input(job, capsys):
     assert "--device cuda cannot be used" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("grown", "again"), [(0, False), (planning.STARTS_HIGHER_BYTES, False), (4 * planning.STARTS_HIGHER_BYTES, True)]
+)
+def test_a_process_that_has_grown_a_little_since_it_planned_gets_the_same_plan(job, probed, grown, again, monkeypatch):
+    """Reading the first plan takes some MiB."""
+    idle = 200 << 20
+    monkeypatch.setattr(planning, "_idle_bytes", lambda place, probe: idle)
+    with pytest.raises(errors.NothingFits):
+        delest.plan(jobs.load(job), memory="210MiB", threads=1)
+    assert probed.count("choose_on_traces") == 1
+    monkeypatch.setattr(planning, "_idle_bytes", lambda place, probe: idle + grown)
+    with pytest.raises(errors.NothingFits):
+        delest.plan(jobs.load(job), memory="210MiB", threads=1)
+    assert probed.count("choose_on_traces") == 1 + again
+
+
 def test_the_key_holds_what_surrounds_a_job(job, monkeypatch):
     from delest.verbs.workplace import open_workplace
 
