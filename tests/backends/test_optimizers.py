@@ -8,6 +8,7 @@ from torch import nn
 
 from delest import errors
 from delest.backends.torch import optimizers
+from delest.backends.torch.lean import bare_step
 from delest.backends.torch.muon import Muon, orthogonalize
 from delest.job import Recipe
 
@@ -101,3 +102,15 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
     assert isinstance(muon, Muon)
     assert [id(parameter) for group in muon.param_groups for parameter in group["params"]] == [id(net[2].weight)]
     assert id(net[4].weight) in {id(parameter) for group in adamw.param_groups for parameter in group["params"]}
+
+
+def test_sparse_gradients_move_the_rows_that_were_looked_up():
+    """Torch's fused optimizers refuse them."""
+    table = nn.Embedding(5, 2, sparse=True)
+    before = table.weight.detach().clone()
+    (optimizer,) = optimizers.build(table, Recipe(optimizer="sgd", lr=0.5, momentum=0.0))
+    table(torch.tensor([1, 3, 3])).sum().backward()
+    assert table.weight.grad.is_sparse
+    bare_step(optimizer)()
+    expected = before - 0.5 * torch.tensor([0.0, 1.0, 0.0, 2.0, 0.0])[:, None]
+    torch.testing.assert_close(table.weight.detach(), expected)

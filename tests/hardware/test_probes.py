@@ -24,17 +24,22 @@ def test_kernels_are_timed_once_a_machine(cache: Path, monkeypatch: pytest.Monke
     assert probes.time_precisions() == first
 
 
-def test_another_number_of_threads_is_timed_for_itself(cache: Path) -> None:
+def test_formats_are_timed_on_one_thread_whatever_torch_has(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    threads = torch.get_num_threads()
+    threads, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(
+        probes, "_time_kernels", lambda torch: seen.append(torch.get_num_threads()) or dict.fromkeys(probes._KERNELS, 1.0)
+    )
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
             probes.time_precisions()
+            assert torch.get_num_threads() == count
+            next(cache.iterdir()).unlink()
     finally:
         torch.set_num_threads(threads)
-    assert len(list(cache.iterdir())) == 2
+    assert seen == [1, 1]
 
 
 def test_a_damaged_file_is_timed_anew(cache: Path) -> None:
@@ -88,4 +93,31 @@ def test_a_hopeless_kernel_is_not_timed_twenty_times() -> None:
     calls.clear()
     hours = iter(range(0, 10**6, 3600))
     assert probes.best_seconds(lambda: calls.append(1), hopeless_seconds=1.0, clock=lambda: next(hours)) == 3600
+    assert len(calls) == 1
+
+
+def test_one_slow_call_does_not_decide_which_format_is_faster() -> None:
+    """Of two equal kernels the second is held up by another process in most of its calls, and at the first."""
+    now, calls = [0.0], [0]
+
+    def steady() -> None:
+        now[0] += 1.0
+
+    def held_up() -> None:
+        calls[0] += 1
+        now[0] += 0.5 if calls[0] == 5 else 100.0
+
+    found = probes.best_by_turns({"fp32": steady, "bf16": held_up}, clock=lambda: now[0])
+    assert found == {"fp32": 1.0, "bf16": 0.5}
+    assert calls[0] == 9  # one to build it, and no more than the fewest
+
+
+def test_a_kernel_that_is_refused_is_not_called_again() -> None:
+    calls: list[int] = []
+
+    def refused() -> None:
+        calls.append(1)
+        raise RuntimeError("not implemented")
+
+    assert probes.best_by_turns({"bf16": refused}) == {"bf16": math.inf}
     assert len(calls) == 1

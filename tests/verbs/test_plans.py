@@ -194,6 +194,28 @@ def test_a_plan_for_a_gpu_that_is_not_here_is_bad_input(job, capsys):
     assert "--device cuda cannot be used" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("grown", "again"), [(0, False), (planning.STARTS_HIGHER_BYTES, False), (4 * planning.STARTS_HIGHER_BYTES, True)]
+)
+def test_a_process_that_has_grown_a_little_since_it_planned_gets_the_same_plan(job, probed, grown, again, monkeypatch):
+    """Reading the first plan takes some MiB."""
+    traced, call = [], processes.call
+
+    def without_traces(function, *arguments, **named):
+        if function.endswith(":choose_on_traces"):
+            traced.append(named["request"]["idle_bytes"])
+            raise errors.NothingFits("nothing fits", 300 << 20, None)
+        return call(function, *arguments, **named)
+
+    monkeypatch.setattr(processes, "call", without_traces)
+    monkeypatch.setattr(planning, "_probe_allocators", lambda *arguments: {})
+    for idle in (200 << 20, (200 << 20) + grown):
+        monkeypatch.setattr(planning, "_idle_bytes", lambda place, probe, idle=idle: idle)
+        with pytest.raises(errors.NothingFits):
+            delest.plan(jobs.load(job), memory="210MiB", threads=1)
+    assert traced == [200 << 20, (200 << 20) + grown][: 1 + again]
+
+
 def test_the_key_holds_what_surrounds_a_job(job, monkeypatch):
     from delest.verbs.workplace import open_workplace
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from delest.records.source import Schema
 
 STEPS = 3  # per probed size: the first allocates, the others are timed
 LONG_STEP_SECONDS = 1.0  # of which one is timed: it repeats itself better than planning has time for
-ROUNDS = 4  # per compared variant
+ROUNDS, LEAST_ROUNDS = 4, 2  # per compared variant
 PAIRED_SECONDS = 2.0  # after which no more pairs are timed
 LONGEST_FOR_ONE_THREAD = 0.04  # seconds a step: in a longer one operators are large enough to be divided
 LONGEST_STEP_SECONDS = 4.0
@@ -84,7 +85,7 @@ def examine(
             break
     result["busy"] = busy.words() if device == "cpu" else ""
     few = _first(whole, min(len(index), 64))
-    result["variants"] = _variants(job, plain, source.schema, few, threads)
+    result["variants"] = _variants(job, plain, source.schema, few)
     largest = result["samples"][-1]
     short = largest["seconds"] * min(1.0, few.count / largest["rows"]) < threads * LONGEST_FOR_ONE_THREAD
     if fewer_threads and threads > 1 and device == "cpu" and short:
@@ -167,13 +168,13 @@ def _probe(job: Job, plan: Plan, schema: Schema, batch: Batch, result: dict[str,
     return {"rows": batch.count, "first": first, "steady": steady, "evaluation": evaluation, "seconds": min(seconds[1:])}
 
 
-def _variants(job: Job, plain: Plan, schema: Schema, batch: Batch, threads: int) -> dict[str, dict[str, float]]:
+def _variants(job: Job, plain: Plan, schema: Schema, batch: Batch) -> dict[str, dict[str, float]]:
     """Seconds a step with and without each method that the recipe leaves to a probe, alternating."""
     candidates: dict[str, dict[str, Any]] = {}
     has_images = isinstance(batch.inputs, np.ndarray) and batch.inputs.ndim == 4
     if has_images and job.recipe.memory_format == "auto":
         candidates["memory_format"] = {"format": "channels_last"}
-    if job.recipe.precision == "auto" and plain.device == "cpu" and _worth_trying_bf16(has_images):
+    if job.recipe.precision == "auto" and plain.device == "cpu" and _worth_trying_bf16():
         candidates["precision"] = {"dtype": "bf16"}
     found: dict[str, dict[str, float]] = {}
     for method, config in candidates.items():
@@ -182,16 +183,24 @@ def _variants(job: Job, plain: Plan, schema: Schema, batch: Batch, threads: int)
             "plain": TorchSession(job, plain, schema),
             "with": TorchSession(job, replace(plain, choices=(choice,)), schema),
         }
-        times: dict[str, list[float]] = {name: [] for name in sessions}
-        for _ in range(ROUNDS + 1):
-            for name, session in sessions.items():
-                started = time.perf_counter()
-                float(session.step(batch, 1e-6).loss)
-                times[name].append(time.perf_counter() - started)
-        found[method] = {name: statistics.median(values[1:]) for name, values in times.items()}
+        found[method] = _by_turns(sessions, batch)
         del sessions
         _release()
     return found
+
+
+def _by_turns(sessions: Mapping[str, TorchSession], batch: Batch) -> dict[str, float]:
+    """Seconds a step of each, alternating, after a first one that is not counted: in `ROUNDS` rounds, in fewer where steps are long."""
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    began = time.perf_counter()
+    for number in range(ROUNDS + 1):
+        for name, session in sessions.items():
+            started = time.perf_counter()
+            float(session.step(batch, 1e-6).loss)
+            times[name].append(time.perf_counter() - started)
+        if number >= LEAST_ROUNDS and time.perf_counter() - began > PAIRED_SECONDS:
+            break
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def _one_thread(session: TorchSession, batch: Batch, threads: int) -> dict[str, dict[str, float]]:
@@ -215,10 +224,13 @@ def _one_thread(session: TorchSession, batch: Batch, threads: int) -> dict[str, 
     return {"threads": {"plain": min(seconds[threads]), "with": statistics.median(seconds[1])}}
 
 
-def _worth_trying_bf16(has_images: bool) -> bool:
-    """bf16 products or convolutions must be faster than fp32 on this machine before a step is tried with them."""
-    seconds, kernel = probes.time_precisions(), "convolution" if has_images else "matmul"
-    return seconds[f"{kernel}_fp32"] > probes.GAIN * seconds[f"{kernel}_bf16"]
+def _worth_trying_bf16() -> bool:
+    """Whether bf16 makes a product or a convolution any faster on this machine: where it makes neither, a step takes up to ten times as long.
+
+    How much faster says little, as kernels of other sizes gain more: steps decide.
+    """
+    seconds = probes.time_precisions()
+    return any(seconds[f"{kernel}_bf16"] < seconds[f"{kernel}_fp32"] for kernel in ("matmul", "convolution"))
 
 
 def _first(batch: Batch, rows: int) -> Batch:

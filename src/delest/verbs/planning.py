@@ -172,12 +172,11 @@ def _chosen_on_traces(
     from delest.records.form import from_json
     from delest.records.plan import Plan
 
-    key = (
-        None
-        if key is None
-        else [*key, asked["budget_bytes"], asked["idle_bytes"], asked["exact"], request.probe, list(mallocs)]
-    )
-    found = kept_plans.kept("job-plan", key)
+    keys = [
+        None if key is None else [*key, asked["budget_bytes"], idle, asked["exact"], request.probe, list(mallocs)]
+        for idle in (asked["idle_bytes"], asked["idle_bytes"] - STARTS_HIGHER_BYTES)  # a process that has planned holds more
+    ]
+    found = next((plan for one in keys if (plan := kept_plans.kept("job-plan", one)) is not None), None)
     if found is None:
         asked = {**asked, "allocators": _probe_allocators(place, asked["probe"], asked["threads"], say, mallocs)}
         say.stage("plan: the plain step does not fit; comparing combinations of methods on traces of it")
@@ -191,7 +190,7 @@ def _chosen_on_traces(
             )
         except errors.NothingFits as error:
             found = {"nothing_fits": error.fields()}
-        kept_plans.keep("job-plan", key, found)
+        kept_plans.keep("job-plan", keys[0], found)
     if "nothing_fits" in found:
         raise errors.NothingFits.rebuilt(found["nothing_fits"])
     return from_json(Plan, found)

@@ -45,10 +45,15 @@ def build(model: nn.Module, recipe: Recipe, *, allocated: bool = True) -> list[t
     else:
         kind = _class(recipe.optimizer)
         groups = [group for group in groups_of(model, decay) if group["params"]]
-        optimizers = [_construct(kind, groups, recipe)] if groups else []
+        optimizers = [_construct(kind, groups, recipe, fused=not has_sparse_gradients(model))] if groups else []
     for optimizer in optimizers if allocated else ():
         allocate(optimizer)
     return optimizers
+
+
+def has_sparse_gradients(model: nn.Module) -> bool:
+    """Whether an embedding's gradients hold only the rows that were looked up; torch's fused optimizers do not take those."""
+    return any(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse for module in model.modules())
 
 
 def groups_of(model: nn.Module, decay: float) -> list[dict[str, Any]]:
@@ -98,7 +103,9 @@ def _class(name: str) -> type[torch.optim.Optimizer]:
     return known[name.lower()]
 
 
-def _construct(kind: type[torch.optim.Optimizer], groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
+def _construct(
+    kind: type[torch.optim.Optimizer], groups: list[dict[str, Any]], recipe: Recipe, *, fused: bool
+) -> torch.optim.Optimizer:
     name = kind.__name__.lower()
     settings: dict[str, Any] = {}
     lr = DEFAULT_LR.get(name) if recipe.lr is None else recipe.lr
@@ -112,7 +119,7 @@ def _construct(kind: type[torch.optim.Optimizer], groups: list[dict[str, Any]], 
             f"momentum is {recipe.momentum:g}, which {kind.__name__} does not take: leave it out, or use sgd or muon."
         )
     if kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
-        settings["fused"] = True  # one pass over memory a step; the CPU's default is a Python loop over parameters
+        settings["fused"] = fused  # one pass over memory a step; the CPU's default is a Python loop over parameters
     if not any(group["weight_decay"] for group in groups):
         groups = [{key: value for key, value in group.items() if key != "weight_decay"} for group in groups]
         settings["weight_decay"] = 0.0
