@@ -125,7 +125,7 @@ def enforce(pid: int, budget: int, hard_bytes: int | None = None) -> None:
     """Limit the data of a process that has loaded everything to what keeps it resident within the budget; no higher than `hard_bytes` may it
     lift the limit itself (None: not at all)."""
     sizes = sizes_of(pid)
-    limit = sizes["VmData"] + budget - sizes["VmRSS"] - TOUCHED_LATER_BYTES
+    limit = max(0, sizes["VmData"] + budget - sizes["VmRSS"] - TOUCHED_LATER_BYTES)
     resource.prlimit(pid, resource.RLIMIT_DATA, (limit, limit if hard_bytes is None else hard_bytes))
 
 
