@@ -57,6 +57,7 @@ bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmark
 	$(BENCH)/bin/python benchmarks/methods_on_digits.py
 	$(BENCH)/bin/python benchmarks/throughput.py
 	$(BENCH)/bin/python benchmarks/planning_time.py
+	$(BENCH)/bin/python benchmarks/peers.py
 	$(BENCH)/bin/python benchmarks/hooks.py
 	$(if $(PUBLISHED),$(BENCH)/bin/python benchmarks/published.py --data $(PUBLISHED))
 

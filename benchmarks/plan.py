@@ -104,12 +104,7 @@ def run(name: str, budget: int, folder: Path, how: str, *, interrupt: bool) -> d
             process.communicate()
             return json.loads(line)
         line = process.stdout.readline()
-    status = dict(
-        part.split(":") for part in Path(f"/proc/{process.pid}/status").read_text().splitlines() if part.startswith("Vm")
-    )
-    sizes = {key: int(value.split()[0]) << 10 for key, value in status.items()}
-    limit = sizes["VmData"] + budget - sizes["VmRSS"] - TOUCHED_LATER_BYTES
-    resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+    enforce(process.pid, budget, hard_bytes=resource.RLIM_INFINITY)
     process.stdin.write("go\n")
     process.stdin.flush()
     if interrupt:
@@ -124,6 +119,20 @@ def run(name: str, budget: int, folder: Path, how: str, *, interrupt: bool) -> d
     if not lines:
         return {"ended": f"status {process.returncode}", "words": said.strip()[-400:], "peak_bytes": 0}
     return json.loads(lines[-1])
+
+
+def enforce(pid: int, budget: int, hard_bytes: int | None = None) -> None:
+    """Limit the data of a process that has loaded everything to what keeps it resident within the budget; no higher than `hard_bytes` may it
+    lift the limit itself (None: not at all)."""
+    sizes = sizes_of(pid)
+    limit = max(0, sizes["VmData"] + budget - sizes["VmRSS"] - TOUCHED_LATER_BYTES)
+    resource.prlimit(pid, resource.RLIMIT_DATA, (limit, limit if hard_bytes is None else hard_bytes))
+
+
+def sizes_of(pid: int) -> dict[str, int]:
+    """A process's sizes by the kernel's names, bytes."""
+    status = dict(part.split(":") for part in Path(f"/proc/{pid}/status").read_text().splitlines() if part.startswith("Vm"))
+    return {key: int(value.split()[0]) << 10 for key, value in status.items()}
 
 
 def _interrupt(process: subprocess.Popen[str], folder: Path) -> None:
