@@ -3,7 +3,8 @@
     python benchmarks/peers.py [--only JOB] [--minutes N]
 
 Peers: Lightning with its batch-size finder (both modes), Accelerate's `find_executable_batch_size`, `torch.utils.checkpoint` on every
-block. All train the same model on the same data with AdamW in fp32 at the same effective batch, on as many threads. When a process has
+block. All train the same model on the same data with AdamW in fp32 at the same effective batch, on as many threads; delest also as it
+comes, which computes in bf16 where that gains. When a process has
 loaded its libraries and data (and delest its plan, whose probes are not under the limit; what they take is in the row), its limit is set
 from outside as in benchmarks/plan.py, and cannot be lifted. At the tightest budget, to 3 % the lowest at which a peer works, those that die
 as documented are also tried by hand, at the largest micro-batch in powers of two that works: finders do not know every error that
@@ -34,6 +35,7 @@ import results_file
 from peers_jobs import BATCH
 
 PEERS = ("checkpoint", "accelerate", "lightning-power", "lightning-binsearch")
+OURS = ("delest-fp32", "delest")
 BY_HAND = ("checkpoint", "accelerate", "lightning-power")  # which mode does not matter without the search
 THREADS = os.cpu_count() or 1
 FINER = 0.97  # from one limit that is tried to the next below
@@ -126,7 +128,7 @@ class Contestant:
         """End it, delest's at the end of its training, and say all that was seen."""
         if self.ended is None:
             self.process.send_signal(signal.SIGCONT)
-            if self.how == "delest":
+            if self.how in OURS:
                 while self._read_until("loss "):
                     pass
             else:
@@ -194,8 +196,9 @@ def race(job: str, budget: int, names: Sequence[str], *, by_hand: bool = False) 
         for how in names:
             contestants += enter(how, job, budget, by_hand=by_hand and how in BY_HAND)
         if all(one.ended for one in contestants if one.batch == "find"):
-            return {"budget_bytes": budget, "entries": [one.close() for one in contestants], "best": None, "ratio": None}
-        contestants += enter("delest", job, budget, by_hand=False)
+            return {"budget_bytes": budget, "entries": [one.close() for one in contestants], "best": None}
+        for how in OURS:
+            contestants += enter(how, job, budget, by_hand=False)
         for block in range(BLOCKS):
             for one in contestants[:: -1 if block % 2 else 1]:
                 one.block()
@@ -207,16 +210,17 @@ def race(job: str, budget: int, names: Sequence[str], *, by_hand: bool = False) 
 
 
 def compare(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fastest of the others, and delest's samples a second over its own: the median of blocks that were made by turns."""
-    ours = entries[-1]
-    others = [one for one in entries[:-1] if one["ended"] == "works"]
+    """The fastest of the others, and the samples a second of each of `OURS` over its own: the median of blocks that were made by turns."""
+    others = [one for one in entries if one["how"] not in OURS and one["ended"] == "works"]
     if not others:
-        return {"best": None, "ratio": None}
+        return {"best": None}
     best = min(others, key=lambda one: statistics.median(one["step_seconds"]))
-    found: dict[str, Any] = {"best": [best["how"], best["batch"]], "ratio": 0.0, "cpu_ratio": 0.0}  # 0: delest does not work
-    if ours["ended"] == "done":
-        for name, key in (("ratio", "step_seconds"), ("cpu_ratio", "cpu_step_seconds")):
-            found[name] = statistics.median(theirs / mine for theirs, mine in zip(best[key], ours[key], strict=True))
+    found: dict[str, Any] = {"best": [best["how"], best["batch"]]}
+    for ours in [one for one in entries if one["how"] in OURS]:
+        found[ours["how"]] = {"ratio": 0.0, "cpu_ratio": 0.0}  # 0: it does not work
+        for name, key in (("ratio", "step_seconds"), ("cpu_ratio", "cpu_step_seconds")) if ours["ended"] == "done" else ():
+            ratios = (theirs / mine for theirs, mine in zip(best[key], ours[key], strict=True))
+            found[ours["how"]][name] = statistics.median(ratios)
     return found
 
 
@@ -246,10 +250,13 @@ def bounds_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for row in rows:
         for which, bound in (("tightest", BOUND_TIGHTEST), ("generous", BOUND_GENEROUS)):
-            words = f"{row['row']}, {which} budget: delest's samples a second over the best peer's"
-            found.append(results_file.bound_at_least(words, row[which]["ratio"] or 0.0, bound))
-    ours = [(row[which]["budget_bytes"], row[which]["entries"][-1]) for row in rows for which in ("tightest", "generous")]
-    over = sum(one.get("peak_bytes", 0) > budget for budget, one in ours)
+            for how in OURS:
+                words = f"{row['row']}, {which} budget: samples a second of {how} over the best peer's"
+                found.append(results_file.bound_at_least(words, row[which].get(how, {"ratio": 0.0})["ratio"], bound))
+    raced = [row[which] for row in rows for which in ("tightest", "generous")]
+    over = sum(
+        one.get("peak_bytes", 0) > each["budget_bytes"] for each in raced for one in each["entries"] if one["how"] in OURS
+    )
     return [*found, results_file.bound_at_most("trainings of delest over their budget", over, 0)]
 
 
@@ -269,9 +276,10 @@ def show(row: dict[str, Any]) -> None:
                 )
             else:
                 print(f"  {name:24} {one['ended'][:150]}")
-        if raced["best"]:
+        for how in [how for how in OURS if how in raced]:
+            ratios = raced[how]
             print(
-                f"  delest {raced['ratio']:.3f} times the best ({raced['best'][0]}), {raced['cpu_ratio']:.3f} by processor time",
+                f"  {how} {ratios['ratio']:.3f} times the best ({raced['best'][0]}), {ratios['cpu_ratio']:.3f} by processor time",
                 flush=True,
             )
 

@@ -3,7 +3,7 @@
     python peers_child.py HOW JOB BATCH [BUDGET]
 
 HOW is `lightning-power` or `lightning-binsearch` (the two modes of its batch-size finder), `accelerate`, `checkpoint` (each block recomputed),
-`plain`, or `delest`, which is told BUDGET, 0 for none. BATCH is the micro-batch: a number by hand, or `find`, which leaves it to the
+`plain`, or `delest` as it comes and `delest-fp32`, which are told BUDGET, 0 for none. BATCH is the micro-batch: a number by hand, or `find`, which leaves it to the
 library's finder (`checkpoint` and `plain`: the whole batch). The effective batch is the job's: what is smaller is accumulated.
 
 Tells its parent `ready` once libraries and data are loaded (and, for delest, the plan is made, whose child processes would inherit the
@@ -210,7 +210,7 @@ def checkpointed(block: Any) -> Any:
 # delest
 
 
-def train_with_delest(name: str, budget: int) -> None:
+def train_with_delest(name: str, budget: int, precision: str) -> None:
     import torch
 
     import delest
@@ -219,7 +219,7 @@ def train_with_delest(name: str, budget: int) -> None:
     from delest.backends.torch.session import TorchSession
     from delest.hardware import machine
 
-    loaded = jobs.load(f"{HERE / 'peers_jobs.py'}:{name}")
+    loaded = jobs.override(jobs.load(f"{HERE / 'peers_jobs.py'}:{name}"), {"recipe.precision": precision})
     TorchBackend().warm()
     started = time.perf_counter()
     try:
@@ -265,8 +265,8 @@ def main() -> None:
     how, name, batch, *budget = sys.argv[1:]
     warnings.filterwarnings("ignore")
     sys.path.insert(0, str(HERE))
-    if how == "delest":
-        train_with_delest(name, int(budget[0]))
+    if how.startswith("delest"):
+        train_with_delest(name, int(budget[0]), "fp32" if how == "delest-fp32" else "auto")
         return
     rows = None if batch == "find" else int(batch)
     job = load(name)

@@ -1,6 +1,7 @@
 """Two jobs with blocks and large activations, each step some tenths of a second; for benchmarks/peers.py.
 
-Everything is in fp32 and by AdamW, so that all who train them do the same arithmetic; the memory format is free, since it changes none.
+Everything is by AdamW, and in fp32 unless delest is told otherwise, so that all who train them do the same arithmetic; the memory format is
+free, since it changes none.
 """
 
 from __future__ import annotations

@@ -32,14 +32,16 @@ def entry(how: str, seconds: list[float], ended: str = "works") -> dict[str, Any
 def test_delest_is_compared_with_the_fastest_that_works_by_blocks_that_were_made_by_turns():
     slow, fast = entry("accelerate", [4.0, 4.0, 4.0]), entry("checkpoint", [2.0, 6.0, 3.0])
     died = entry("lightning-power", [1.0], "status 1: RuntimeError")
-    found = peers.compare([slow, fast, died, entry("delest", [1.0, 4.0, 2.0], "done")])
+    ours = [entry("delest-fp32", [1.0, 4.0, 2.0], "done"), entry("delest", [1.0, 2.0, 1.0], "done")]
+    found = peers.compare([slow, fast, died, *ours])
     assert found["best"] == ["checkpoint", "find"]
-    assert found["ratio"] == 1.5  # of 2.0, 1.5 and 1.5
+    assert found["delest-fp32"]["ratio"] == 1.5  # of 2.0, 1.5 and 1.5
+    assert found["delest"]["ratio"] == 3.0
 
 
 @pytest.mark.parametrize("ended", ["NothingFits", "status -9: "])
 def test_delest_counts_for_nothing_where_it_does_not_work(ended):
-    assert peers.compare([entry("plain", [2.0]), entry("delest", [], ended)])["ratio"] == 0.0
+    assert peers.compare([entry("plain", [2.0]), entry("delest", [], ended)])["delest"]["ratio"] == 0.0
     bounds = {bound["name"]: bound for bound in peers.bounds_of([])}
     assert bounds["trainings of delest over their budget"]["ok"]
 
