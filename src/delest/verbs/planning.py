@@ -274,12 +274,15 @@ def choose_on_traces(job: Any, *, preprocessing: dict[str, Any], index: list[int
 
     def refusal(choices: tuple[Choice, ...]) -> str | None:
         plan = Plan(batch_size=job.batch_size, micro_batch=job.batch_size, choices=choices, threads=request["threads"])
+        torch.set_num_threads(1)  # two rows are too few for more
         try:
             TorchSession(job, plan, source.schema).step(example, 1e-6)
         except errors.BadInput as error:
             return " ".join(error.faults)
         except Exception as error:  # whatever stands in a method's way in this model, the others are still compared
             return f"a step with it fails: {where(error)}"
+        finally:
+            torch.set_num_threads(request["threads"])
         return None
 
     wanted = Request(job=job, **request)
