@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import delest
 from delest import errors, malloc, storage
-from delest.backends.torch.adamw8bit import AdamW8bit
+from delest.backends.torch.quantised_adamw import AdamW8bit
 from delest.backends.torch.model import fingerprint
 from delest.records.plan import Choice, Plan
 
