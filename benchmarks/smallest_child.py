@@ -65,7 +65,7 @@ def plan(name: str) -> dict[str, Any]:
         False
     )  # malloc's threshold is fixed where these plans run, so that freed blocks do not wait for reuse
     job, place, batch = prepared(name)
-    probe = _examine(place, threads=1, device="cpu")
+    probe = _examine(place, threads=1, device="cpu", fewer_threads=False)
     idle = probe["idle_bytes"]
     request = Request(job=job, probe=probe, budget_bytes=idle, asked=True, idle_bytes=idle, threads=1)
 
