@@ -76,6 +76,7 @@ def plan(name: str) -> dict[str, Any]:
     started, retrace = time.perf_counter(), traced._once(trace)
     plain = retrace(())
     judge = Judge(plain, request, measure_roofline(1))
+    judges = {request.allocator: judge}
     judge.refused = traced._refused(plain, (), judge, traced._by_trace(retrace))
     most = LONGEST * judge.seconds(plain, job.batch_size)
     everything = [one for state in (None, *SMALLER_STATES) for one in all_candidates(plain, (), judge, state)]
@@ -89,9 +90,9 @@ def plan(name: str) -> dict[str, Any]:
             and ("rule" not in what or not one.uses(OTHER_RULE))
             and ("whole" not in what or one.rows == job.batch_size)
         ]
-        close = [traced._closely(one, judge, retrace) for one in group[:CLOSE]]
+        close = [traced._closely(one, judges, retrace) for one in group[:CLOSE]]
         least = min(close, key=lambda one: one.grown_bytes)
-        found[what] = to_json(account_for(least, [least], (), plain, judge))
+        found[what] = to_json(account_for(least, [least], (), plain, judges))
     steps = replay(plain, rows=job.batch_size, allocator="exact", phases=("first_step", "steady_step"))
     kept = steps.breakdown["activations"] + steps.breakdown["temporaries"]
     return {

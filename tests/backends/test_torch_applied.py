@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import delest
 from delest import errors, malloc, storage
-from delest.backends.torch.quantised_adamw import AdamW8bit
 from delest.backends.torch.model import fingerprint
+from delest.backends.torch.quantised_adamw import AdamW8bit
 from delest.records.plan import Choice, Plan
 
 cross_entropy = nn.functional.cross_entropy

@@ -23,14 +23,17 @@ from delest.records.batch import Batch
 from delest.records.plan import Choice, Plan
 from delest.records.source import Column, Schema, Target
 
-
 KINDS = (AdamW8bit, AdamW4bit)
 
 
 def coded(bits: int, name: str, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, each element's scale, and the values that they stand for, of whole blocks."""
     coding = next(one for one in CODINGS[bits] if one.name == name)
-    (codes, scales), work, back = coding.zero(len(values), torch.device("cpu")), torch.empty_like(values), torch.empty_like(values)
+    (codes, scales), work, back = (
+        coding.zero(len(values), torch.device("cpu")),
+        torch.empty_like(values),
+        torch.empty_like(values),
+    )
     coding.encode(values, codes, scales, work)
     coding.decode(codes, scales, back, work)
     return codes, scales.repeat_interleave(coding.block), back
@@ -80,9 +83,7 @@ def test_the_largest_value_of_a_block_and_zero_are_kept(bits: int, name: str, si
 @pytest.mark.parametrize("shape", [(100,), (5000,), (70, 60), (600, 700)])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("small", KINDS)
-def test_the_first_step_is_that_of_adamw(
-    shape: tuple[int, ...], channels_last: bool, small: type[QuantisedAdamW]
-) -> None:
+def test_the_first_step_is_that_of_adamw(shape: tuple[int, ...], channels_last: bool, small: type[QuantisedAdamW]) -> None:
     """Moments are rounded after they were used: from zero the first update is AdamW's own."""
     generator = torch.Generator().manual_seed(1)
     start, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
@@ -116,9 +117,7 @@ def test_pieces_do_not_show(monkeypatch: pytest.MonkeyPatch, kind: type[Quantise
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(AdamW8bit, 2 * 65536 + 2 * 4 * 256), (AdamW4bit, 65536 + 2 * 4 * 512)])
-def test_state_takes_two_bytes_or_one_an_element_and_small_tensors_keep_fp32(
-    kind: type[QuantisedAdamW], expected: int
-) -> None:
+def test_state_takes_two_bytes_or_one_an_element_and_small_tensors_keep_fp32(kind: type[QuantisedAdamW], expected: int) -> None:
     large, small = nn.Parameter(torch.zeros(256, 256)), nn.Parameter(torch.zeros(4095))
     optimizer = kind([large, small])
     optimizer.allocate()

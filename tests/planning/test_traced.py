@@ -201,7 +201,9 @@ def test_a_smaller_state_is_taken_only_where_no_larger_one_fits(smallest, by_sta
         chosen = {choice.method: choice.config for choice in plan.choices}
         assert {name: chosen[name] for name in ("optimizer_state", "factored_state") if name in chosen} == state
         assert ("torchao" in plan.code, "Adafactor" in plan.code) == ("optimizer_state" in state, "factored_state" in state)
-        traced_states = [name for name in ("'bits': 8", "'bits': 4", "factored_state") if any(name in key for key in retrace.traces)]
+        traced_states = [
+            name for name in ("'bits': 8", "'bits': 4", "factored_state") if any(name in key for key in retrace.traces)
+        ]
         assert traced_states[-1] in str(state)  # the others after it were not looked at
 
 

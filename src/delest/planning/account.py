@@ -150,7 +150,15 @@ def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
 def _rejections(found: Candidate, candidates: Sequence[Candidate], judge: Judge) -> Iterator[Rejection]:
     """Of each method that was not taken the best that it could do."""
     request = judge.request
-    for name in ("allocator", "activation_checkpointing", "layered_accumulation", "chunked_loss", *CONFIGS, "factored_state", "micro_batch"):
+    for name in (
+        "allocator",
+        "activation_checkpointing",
+        "layered_accumulation",
+        "chunked_loss",
+        *CONFIGS,
+        "factored_state",
+        "micro_batch",
+    ):
         if found.uses(name) or (name == "micro_batch" and found.rows < request.job.batch_size):
             continue
         having = [one for one in candidates if one.uses(name) or (name == "micro_batch" and one.rows < request.job.batch_size)]

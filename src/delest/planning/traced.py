@@ -51,7 +51,10 @@ def choose(
         judge.refused = refused
     candidates = _candidates(plain, base, judges, None)
     kept = [one for one in candidates if keeps_of(one, request) in EXACT]
-    groups = [kept, [one for one in candidates if keeps_of(one, request) not in EXACT]]  # in the order in which they are preferred
+    groups = [
+        kept,
+        [one for one in candidates if keeps_of(one, request) not in EXACT],
+    ]  # in the order in which they are preferred
     smaller = iter(SMALLER_STATES)
     if request.exact:
         candidates, groups, smaller = kept, [kept], iter(())

@@ -56,7 +56,8 @@ class FactoredAdamW(PiecewiseOptimizer):
         if "squares" in state:
             _update_vector(parameter, gradient, state, group)
         elif len(parameter):
-            _update_matrix(*(one.view(len(state["row"]), -1) for one in (parameter, gradient)), state, group)
+            rows = len(state["row"])
+            _update_matrix(parameter.view(rows, -1), gradient.view(rows, -1), state, group)
 
 
 def _rows(parameter: Tensor) -> int | None:

@@ -28,9 +28,7 @@ def apply(training: Training, config: dict[str, Any]) -> None:
 
 def replace_adamw(training: Training, method: str, kind: Callable[..., PiecewiseOptimizer], settings: Sequence[str]) -> None:
     """Each AdamW of a training becomes one of this kind, with its groups and those of its settings that the kind has."""
-    training.optimizers[:] = [
-        one if type(one) is kind else like(one, method, kind, settings) for one in training.optimizers
-    ]
+    training.optimizers[:] = [one if type(one) is kind else like(one, method, kind, settings) for one in training.optimizers]
 
 
 def like(
