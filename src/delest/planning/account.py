@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from delest import methods
-from delest.planning.candidates import CONFIGS, REWRITES, Candidate, Judge, keeps_of
+from delest.planning.candidates import REWRITES, Candidate, Judge, keeps_of
 from delest.planning.request import EXACT, Request, make_choice, notes
 from delest.records.footprint import Footprint
 from delest.records.plan import KEEPS, Choice, Option, Plan, Rejection
@@ -150,15 +150,7 @@ def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
 def _rejections(found: Candidate, candidates: Sequence[Candidate], judge: Judge) -> Iterator[Rejection]:
     """Of each method that was not taken the best that it could do."""
     request = judge.request
-    for name in (
-        "allocator",
-        "activation_checkpointing",
-        "layered_accumulation",
-        "chunked_loss",
-        *CONFIGS,
-        "factored_state",
-        "micro_batch",
-    ):
+    for name in ("allocator", "activation_checkpointing", "layered_accumulation", *REWRITES, "micro_batch"):
         if found.uses(name) or (name == "micro_batch" and found.rows < request.job.batch_size):
             continue
         having = [one for one in candidates if one.uses(name) or (name == "micro_batch" and one.rows < request.job.batch_size)]
@@ -190,7 +182,7 @@ def _not_here(name: str, request: Request) -> str:
         logits = "no last linear layer has outputs that are much of the peak"
         known = {"activation_checkpointing": blocks, "layered_accumulation": blocks, "chunked_loss": logits}
         return known.get(name, "the batch cannot be split further")
-    reasons = methods.conflicts({name: CONFIGS.get(name, {})}, methods.of_recipe(request.job.recipe))
+    reasons = methods.conflicts({name: {}}, methods.of_recipe(request.job.recipe))
     if reasons:
         return reasons[0].partition(": ")[2]
     if request.exact:
