@@ -20,6 +20,7 @@ from delest.planning.request import EXACT, SLACK_BYTES, Request
 from delest.records.batch import Batch
 from delest.records.plan import Plan
 from delest.records.source import Column, Schema, Target
+from delest.reporting.words import option_words
 from rooflines import ROOFLINE
 
 MIB = 1 << 20
@@ -217,6 +218,9 @@ def test_reasons_say_which_state_and_why_no_other(by_state):
     why = {choice.method: choice.why for choice in plan.choices} | {one.method: one.why for one in plan.rejected}
     assert "nothing that keeps Adam's rule fits" in why["factored_state"]
     assert "fit" in why["optimizer_state"]
+    taken = [option for option in plan.frontier if "optimizer_state" in option.methods]
+    assert {option.bits for option in taken} == {8, 4}
+    assert {f"optimizer state in {option.bits} bits" in option_words(plan, option) for option in taken} == {True}
     plan, _ = choose(request(174, exact=True))
     assert "exact ones are asked for" in next(one.why for one in plan.rejected if one.method == "factored_state")
     plan, _ = choose(request(174, optimizer="sgd"))

@@ -125,7 +125,13 @@ def _option(candidate: Candidate, request: Request) -> Option:
         step_seconds=candidate.seconds,
         fits=candidate.grown_bytes <= request.most_grown_bytes,
         keeps=max((*(choice.keeps for choice in candidate.choices), keeps_of(candidate, request)), key=KEEPS.index),
+        bits=_bits(candidate),
     )
+
+
+def _bits(candidate: Candidate) -> int | None:
+    """Of each of the optimizer's moments, where a method says how many."""
+    return next((choice.config["bits"] for choice in candidate.choices if "bits" in choice.config), None)
 
 
 def _frontier(candidates: Sequence[Candidate], request: Request) -> tuple[Option, ...]:
@@ -142,7 +148,7 @@ def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
     """One of each combination of methods: the first."""
     seen: dict[tuple[Any, ...], Candidate] = {}
     for one in candidates:
-        key = (tuple(choice.method for choice in one.choices), one.rows)
+        key = (tuple(choice.method for choice in one.choices), _bits(one), one.rows)
         seen.setdefault(key, one)
     return list(seen.values())
 
