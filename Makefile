@@ -54,6 +54,7 @@ bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmark
 	$(BENCH)/bin/python benchmarks/measure_scripts.py
 	$(BENCH)/bin/python benchmarks/plan.py
 	$(BENCH)/bin/python benchmarks/smallest_budget.py
+	$(BENCH)/bin/python benchmarks/methods_on_digits.py
 	$(BENCH)/bin/python benchmarks/hooks.py
 	$(if $(PUBLISHED),$(BENCH)/bin/python benchmarks/published.py --data $(PUBLISHED))
 

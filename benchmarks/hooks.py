@@ -7,8 +7,9 @@ limit, RLIMIT_DATA set before it starts, as far between the two as SHARE says: a
 told the resident memory as far between. Its losses are compared with those of the script that had no limit.
 
 `NAME time`: the script with and without the callback and no limit, in blocks of steps by turns: while one runs the other is stopped.
-A step's time is that between two losses that the script prints; beside it stands the processor time of a block, which others on the
-machine disturb less. Losses, printed with all their digits, must be the same.
+A block's time is that between two losses that the script prints, over the steps between them: ten, in which what the callback does
+every ten steps happens once. Told is the median of the ratios of neighbouring blocks, with quartiles; beside it stands the processor time,
+which others on the machine disturb less. Losses, printed with all their digits, must be the same. Four rows take about five minutes.
 
 Lightning and transformers must be installed (the environment that `make bench` uses).
 """
@@ -34,7 +35,7 @@ SCRIPTS = {
 }  # rows of a batch under the limit
 STEPS_UNDER_LIMIT, REPEATS, SMALL = 4, 3, 16
 SHARE = 0.3  # of the way from a small batch to the whole
-BLOCKS, STEPS, FIRST = 16, 10, 2  # of each kind; steps timed in one; steps after a change that are not
+BLOCKS, STEPS, FIRST = 40, 10, 2  # of each kind; steps timed in one; steps after a change that are not
 BOUND_RATIO = 1.03
 BOUND_LOSS = 0.02  # relative: dropout draws other numbers for parts than for the whole batch
 
@@ -167,7 +168,7 @@ class Side:
         self.losses: list[str] = []
 
     def block(self, steps: int) -> float:
-        """Let it make some steps; the median seconds of one. The first after a stop began before it."""
+        """Let it make some steps; the mean seconds of one. The first after a stop began before it."""
         self.process.send_signal(signal.SIGCONT)
         times: list[float] = []
         assert self.process.stdout is not None
@@ -179,7 +180,7 @@ class Side:
                 times.append(time.perf_counter())
                 self.losses.append(line)
         self.process.send_signal(signal.SIGSTOP)
-        return statistics.median(after - before for before, after in zip(times[FIRST - 1 :], times[FIRST:], strict=False))
+        return (times[-1] - times[FIRST - 1]) / steps
 
     def cpu_seconds(self) -> float:
         """Processor time of all its threads so far."""

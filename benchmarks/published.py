@@ -4,9 +4,9 @@
 
 The table is of 210 published measurements; here are those on one GPU that are graded A or A- for memory (training steps, and
 single operators as a second group) or for step time. Each row is built with its model's dimensions, traced on fake tensors within
-`as_cuda`, replayed and timed (docs/methods.md says what is assumed). What a number includes differs: `max_memory_allocated`, or
+`as_cuda`, replayed and timed (docs/methods/published.md says what is assumed). What a number includes differs: `max_memory_allocated`, or
 all that the driver shows. Step times are predicted at a device's efficiency, set from its first two rows in file order; those are
-listed apart and not counted. Rows that lack a field are listed with it. A complete table is also written into docs/methods.md.
+listed apart and not counted. Rows that lack a field are listed with it. A complete table is also written there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GOOD = ("A", "A-")
 FIRST = 2  # rows of a device that set its factor
 LEAST_ROWS = 3  # that are traced: one row alone takes other paths through the framework
 MEDIAN_BYTES, WORST_BYTES, MEDIAN_SECONDS = 0.08, 0.20, 0.30
-METHODS = Path(__file__).parent.parent / "docs" / "methods.md"
+PAGE = Path(__file__).parent.parent / "docs" / "methods" / "published.md"
 BEGIN, END = "<!-- published: begin -->", "<!-- published: end -->"  # the table between them is written anew
 _NOT_IN_A_TRACE = ("row", "batch_per_gpu", "grad_accum", "compile", "notes", "source_path", "source_date", "framework")
 
@@ -212,7 +212,7 @@ def bounds_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*bounds, results_file.bound_at_most(name, statistics.median(errors), MEDIAN_SECONDS)]
 
 
-def write_table(rows: Sequence[dict[str, Any]], path: Path = METHODS) -> None:
+def write_table(rows: Sequence[dict[str, Any]], path: Path = PAGE) -> None:
     """Put every row into the document, between its two marks."""
     lines = ["| line | measured | device | GiB predicted | published | | s predicted | published | |", "|---" * 9 + "|"]
     for row in rows:

@@ -126,7 +126,7 @@ def test_versions_of_pytorch_are_read_from_the_row() -> None:
 
 
 def test_the_table_replaces_the_one_before(tmp_path: Path) -> None:
-    path = tmp_path / "methods.md"
+    path = tmp_path / "published.md"
     path.write_text(f"before\n{published.BEGIN}\nold\n{published.END}\nafter\n")
     told = {"row": "line 2: net, fp32, batch 4", "line": 2, "device": "x", "group": "operator", "checkpoints": ""}
     one = {**told, "predicted_bytes": 2**30, "published_bytes": 2**31, "bytes_error": -0.5}

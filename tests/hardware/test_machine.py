@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 
@@ -28,6 +29,21 @@ def test_this_machine_is_described() -> None:
     assert 1 <= here.cores <= len(os.sched_getaffinity(0))
     assert 0 < here.available_bytes <= here.memory_bytes
     assert here.accelerators == ()
+
+
+def test_sizes_from_files_that_stay_open_are_those_of_files_that_are_opened() -> None:
+    gauge = machine.Gauge()
+    try:
+        more = mmap.mmap(-1, 8 << 20)
+        more.write(bytes(8 << 20))
+        resident, peak, data = gauge.sizes()
+        assert (data, resident) == pytest.approx(machine.data_and_resident_bytes(), abs=1 << 20)
+        assert gauge.resident_bytes() == pytest.approx(resident, abs=1 << 20)
+        assert peak == pytest.approx(machine.peak_resident_bytes(), abs=1 << 20)
+        more.close()
+        assert gauge.resident_bytes() < resident - (4 << 20)
+    finally:
+        gauge.close()
 
 
 def test_x86_and_memory_without_limits(tmp_path: Path) -> None:

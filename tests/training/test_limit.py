@@ -77,6 +77,31 @@ def test_what_is_opened_without_the_limit_must_fit_all_the_same():
             opened(hold, 128 * MIB)
 
 
+def given_back(hold: limit.Limit, size: int) -> None:
+    with hold.released():
+        np.ones(size // 8)
+
+
+def test_what_was_open_between_two_looks_and_given_back_counts_too(monkeypatch):
+    monkeypatch.setattr(limit, "LEAST_SECONDS", 3600.0)  # the thread never looks
+    machine.give_back_unused()
+    below_the_peak = machine.peak_resident_bytes() - machine.resident_bytes()  # of the tests before
+    budget = above(50 * MIB + below_the_peak)
+    with limit.held(budget) as hold, pytest.raises(errors.NothingFits, match="in use once the data were opened"):
+        given_back(hold, 128 * MIB + below_the_peak)
+
+
+def test_the_thread_looks_seldom_where_the_budget_is_far_and_often_where_it_is_near():
+    waits = [limit.LEAST_SECONDS]
+    while len(waits) < 10:
+        waits.append(limit.next_wait(waits[-1], 1 << 40))
+    assert waits[1] == 2 * waits[0]
+    assert waits[-1] == limit.MOST_SECONDS
+    assert limit.next_wait(limit.MOST_SECONDS, 50 * MIB) == limit.next_wait(limit.MOST_SECONDS, -MIB) == limit.LEAST_SECONDS
+    half = limit.next_wait(limit.MOST_SECONDS, 1 << 30) * limit.TOUCHED_BYTES_PER_SECOND
+    assert half <= 1 << 29
+
+
 def asked_for(size: int) -> None:
     with limit.reported("the model was built"):
         np.empty(size // 8)

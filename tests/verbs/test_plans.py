@@ -128,6 +128,9 @@ def test_where_nothing_fits_a_method_is_explained_all_the_same(job, probed, caps
     reasons = {one["method"]: one["why"] for one in told["plan"]["rejected"]}
     assert "exact ones are asked for" in reasons["optimizer_state"]
     assert told["smallest_bytes"] == told["plan"]["memory_bytes"]
+    with pytest.raises(errors.NothingFits) as raised:
+        delest.train(jobs.load(job), memory="64MiB", exact=True, threads=1)
+    assert raised.value.smallest_bytes == told["smallest_bytes"]
     arguments = [*arguments[:-2], "--explain", "optimizer_state"]
     assert main(arguments) == 3
     said = capsys.readouterr().err

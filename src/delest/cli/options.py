@@ -88,6 +88,7 @@ JOB: Group = {
 }
 TRAINING: Group = {
     "memory": option(str, "--memory", "budget of memory, as 2GiB or 80%", "SIZE"),
+    "exact": option(bool, "--exact", "only what keeps the results, bit for bit or to rounding", undo=False),
     "time": option(str, "--time", "budget of time, as 10min; training winds down within it", "TIME"),
     "preview": option(str, "--preview", "train on a share of the rows first, as 5%", "SHARE"),
     "out": option(Path, "--out", "folder of the run [runs/NAME-001, counted up]", "FOLDER"),

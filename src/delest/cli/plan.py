@@ -11,10 +11,7 @@ from delest.records.form import from_json
 from delest.records.plan import Plan
 
 EXAMPLE = "delest plan examples/digits.py --memory 400MiB"
-BUDGET: options.Group = {
-    **{name: options.TRAINING[name] for name in ("memory", "device", "threads")},
-    "exact": options.option(bool, "--exact", "only what keeps the results, bit for bit or to rounding", undo=False),
-}
+BUDGET: options.Group = {name: options.TRAINING[name] for name in ("memory", "exact", "device", "threads")}
 ELSEWHERE: options.Group = {
     "devices": options.option(
         str, "--devices", "compare devices of the catalogue, as t4,l4,a100,h100, that need not be here", "NAMES"

@@ -29,8 +29,9 @@ from delest.records.plan import Choice, Plan
 from delest.records.source import Schema
 
 STEPS = 3  # per probed size: the first allocates, the others are timed
+LONG_STEP_SECONDS = 1.0  # of which one is timed: it repeats itself better than planning has time for
 ROUNDS = 4  # per compared variant
-PAIRED_SECONDS = 4.0  # after which no more pairs are timed
+PAIRED_SECONDS = 2.0  # after which no more pairs are timed
 LONGEST_FOR_ONE_THREAD = 0.04  # seconds a step: in a longer one operators are large enough to be divided
 LONGEST_STEP_SECONDS = 4.0
 
@@ -84,7 +85,9 @@ def examine(
     result["busy"] = busy.words() if device == "cpu" else ""
     few = _first(whole, min(len(index), 64))
     result["variants"] = _variants(job, plain, source.schema, few, threads)
-    if fewer_threads and threads > 1 and device == "cpu":
+    largest = result["samples"][-1]
+    short = largest["seconds"] * min(1.0, few.count / largest["rows"]) < threads * LONGEST_FOR_ONE_THREAD
+    if fewer_threads and threads > 1 and device == "cpu" and short:
         result["variants"] |= _one_thread(TorchSession(job, plain, source.schema), few, threads)
     return result
 
@@ -152,6 +155,8 @@ def _probe(job: Job, plan: Plan, schema: Schema, batch: Batch, result: dict[str,
         seconds.append(time.perf_counter() - started)
         peak = _peak(plan.device) - idle
         first, steady = (peak, steady) if number == 0 else (first, max(steady, peak))
+        if number and seconds[-1] > LONG_STEP_SECONDS:
+            break
     busy.repeated(seconds[1:])
     _reset_peak(plan.device)
     for _ in session.outputs(Single(batch)):

@@ -157,8 +157,10 @@ class Hook:
         self.guard.batch_size = self.steps.batch_rows
         gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
-        def work() -> list[Any]:  # in the guard's thread, which has modes of its own
-            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+        def work() -> list[Any]:
+            if (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (gradients, inference):
+                return self.steps.make(batch, one, loss_of)
+            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):  # the guard's thread has modes of its own
                 return self.steps.make(batch, one, loss_of)
 
         return self.guard.attempt(work, self.record.decisions, self.record.position, evaluating=loss_of is None)

@@ -11,7 +11,6 @@ import math
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
@@ -22,6 +21,7 @@ from delest.backends.torch.parts import ignoring
 from delest.frameworks.hook import Hook
 from delest.frameworks.logged import Logged
 from delest.frameworks.loops import faults_in_lightning
+from delest.frameworks.steps import summed
 
 
 class DelestCallback(Hook, Callback):
@@ -78,9 +78,12 @@ class DelestCallback(Hook, Callback):
                     zero()
                 with logged.once_a_batch("training_step"):
                     made = self.attempt(kwargs["batch"], one, lambda part: _value(forward(part).closure_loss))
-                    logged.losses = [loss if loss is None else loss * trainer.accumulate_grad_batches for loss, _, _ in made]
-                losses = [loss * share for loss, _, share in made if loss is not None and share]
-                return ClosureResult(torch.stack(losses).sum() if losses else None, extra=made[-1][1])
+                    if len(made) > 1:  # what is logged is told from the loss only where there are parts
+                        logged.losses = [
+                            None if loss is None else loss * trainer.accumulate_grad_batches for loss, _, _ in made
+                        ]
+                losses = [loss if share == 1.0 else loss * share for loss, _, share in made if loss is not None and share]
+                return ClosureResult(summed(losses) if losses else None, extra=made[-1][1])
 
             return Closure(whole)
 

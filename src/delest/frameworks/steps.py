@@ -129,6 +129,11 @@ def weighted(loss: Tensor, share: float) -> Tensor:
     return loss * share if share else torch.zeros_like(loss, requires_grad=loss.requires_grad)
 
 
+def summed(losses: list[Tensor]) -> Tensor:
+    """The loss of a batch, of those of its parts by their shares."""
+    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+
 def _phase(error: BaseException) -> str:
     names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
     return "backward" if "backward" in names else "forward"

@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import transformers
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import nested_concat
@@ -20,7 +19,7 @@ from delest import errors
 from delest.backends.torch.parts import ignoring
 from delest.frameworks.hook import Hook
 from delest.frameworks.loops import calling, faults_in_transformers
-from delest.frameworks.steps import weighted
+from delest.frameworks.steps import summed, weighted
 
 UNWATCHED = ("runtime", "per_second", "epoch", "compilation_time")  # of what an evaluation tells
 
@@ -91,7 +90,7 @@ class DelestCallback(Hook, TrainerCallback):
                     return float(loss_of(model, trainer._prepare_inputs(part), num_items_in_batch=num_items_in_batch))
 
             try:
-                total = torch.stack(self.attempt(inputs, one, judge)).sum()
+                total = summed(self.attempt(inputs, one, judge))
             finally:
                 self._share = 1.0
             self._loss, self._rows = self._loss + total, self._rows + self.steps.see(inputs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,6 +72,31 @@ def data_and_resident_bytes() -> tuple[int, int] | None:
     return (sizes["VmData"], sizes["VmRSS"]) if "VmData" in sizes else None
 
 
+class Gauge:
+    """This process's own sizes, read again and again from files that stay open: between steps, when caches are full of other things,
+    a reading takes a tenth to a quarter of the time of one that opens them. A forked child would read its parent's."""
+
+    def __init__(self) -> None:
+        self._statm, self._status = (os.open(f"/proc/self/{name}", os.O_RDONLY) for name in ("statm", "status"))
+
+    def resident_bytes(self) -> int:
+        """As the function of that name; the cheapest of all readings."""
+        return int(os.pread(self._statm, 128, 0).split(b" ", 2)[1]) * _PAGE_BYTES
+
+    def sizes(self) -> tuple[int, int | None, int | None]:
+        """What is resident, what the kernel says was the most, and the address space of private data (`data_and_resident_bytes`), at one
+        moment; None for what the system does not tell."""
+        found = {name: int(number) * 1024 for name, number in _SIZES.findall(os.pread(self._status, 8192, 0))}
+        return found[b"VmRSS"], found.get(b"VmHWM"), found.get(b"VmData")
+
+    def close(self) -> None:
+        """Give the files back; once."""
+        os.close(self._statm)
+        os.close(self._status)
+
+
+_PAGE_BYTES = resource.getpagesize()
+_SIZES = re.compile(rb"(VmRSS|VmHWM|VmData):\s*(\d+) kB")
 _ARENA_MAX = -8  # of mallopt(3)
 
 

@@ -8,6 +8,7 @@ machine's speed) comes from real steps that were probed: its bytes and seconds a
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,7 +28,10 @@ Retrace = Callable[[tuple[Choice, ...]], Trace]  # the job's step with these met
 Judges = Mapping[str, Judge]  # by allocator; first that of the process which was probed
 Refusal = Callable[[tuple[Choice, ...]], str | None]  # why a real step with these methods is refused
 
-LOOKED_AT = 4  # of the combinations that seem to fit, once one does
+LOOKED_AT = 4  # of the combinations that seem to fit, once one does,
+LOOKING_SECONDS = 10.0  # and for how long
+FAR = 1.5  # times what a budget leaves: what is thought to take more than that is not looked at
+WORTH = 0.98  # of the time of the fastest that was found: what gains less is not looked at, as that takes seconds
 
 
 def choose(
@@ -94,7 +98,10 @@ def _refused(plain: Trace, base: tuple[Choice, ...], judge: Judge, refusal: Refu
     blocks = [block.name for block in judge.blocks(plain, request.job.batch_size)]
     tried = {"layered_accumulation": {"modules": blocks, "parts": PARTS[0]}} if blocks else {}
     tried |= {name: config for name, config in configs_of(plain, judge).items() if name == "chunked_loss"}
-    reasons = {name: refusal((*base, make_choice(name, config, request.probe, ""))) for name, config in tried.items()}
+    choices = {name: make_choice(name, config, request.probe, "") for name, config in tried.items()}
+    if len(choices) > 1 and refusal((*base, *choices.values())) is None:  # most models take all of them, in one step
+        return {}
+    reasons = {name: refusal((*base, choice)) for name, choice in choices.items()}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
@@ -125,23 +132,28 @@ def _once(retrace: Retrace) -> Retrace:
 
 def _fastest(group: Sequence[Candidate], judges: Judges, retrace: Retrace) -> Candidate | None:
     """Of the candidates that seem to fit, fastest first, some looked at closely; the fastest that still fits."""
-    request = _request(judges)
+    request, started = _request(judges), time.monotonic()
     most, best, close = request.most_grown_bytes, None, 0
     more = dict.fromkeys(judges, 1.0)  # by allocator: what those that were looked at took beyond what was thought
+    longer: dict[tuple[str, ...], float] = {}  # by methods: how many times as long as was thought
     for candidate in group:
-        name = candidate.allocator(request.allocator)
-        if more[name] * candidate.grown_bytes > most or (best is not None and candidate.seconds >= best.seconds):
+        name, kind = candidate.allocator(request.allocator), tuple(choice.method for choice in candidate.choices)
+        seconds = longer.get(kind, 1.0) * candidate.seconds
+        if more[name] * candidate.grown_bytes > most or (best is not None and seconds >= WORTH * best.seconds):
             continue
-        if best is not None and close >= LOOKED_AT:
+        if best is not None and (close >= LOOKED_AT or time.monotonic() - started > LOOKING_SECONDS):
             break
         checked, close = _closely(candidate, judges, retrace), close + 1
+        longer[kind] = checked.seconds / candidate.seconds
         if checked.grown_bytes > most:
             more[name] = max(more[name], checked.grown_bytes / candidate.grown_bytes)
         elif best is None or checked.seconds < best.seconds:
             best = checked
     if best is None and group:  # what others took beyond what was thought need not hold for the smallest
-        least = _closely(min(group, key=lambda one: one.grown_bytes), judges, retrace)
-        best = least if least.grown_bytes <= most else None
+        least = min(group, key=lambda one: one.grown_bytes)
+        if least.grown_bytes <= FAR * most:
+            least = _closely(least, judges, retrace)
+            best = least if least.grown_bytes <= most else None
     return best
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delest import errors
-from delest.hardware.machine import resident_bytes
 from delest.training import limit
 from delest.training.growth import Growth, GrowthWatch
 from delest.training.limit import MARGIN_BYTES, too_small
@@ -217,7 +216,7 @@ class Guard:
         """Whether there was memory, and only the limit was too tight: threads that started since took address space for
         stacks that they hardly touch, and a failed backward keeps some."""
         assert self._watch is not None
-        highest = max(self._watch.highest_bytes, resident_bytes())
+        highest = max(self._watch.highest_bytes, self._watch.resident_bytes())
         if highest + failure.asked_bytes + 2 * MARGIN_BYTES > self._watch.budget_bytes or self._spared == SPARED:
             return False
         self._spared += 1
@@ -225,7 +224,8 @@ class Guard:
 
     def _look_for_growth(self, decisions: Decisions, position: Position) -> None:
         assert self._growth is not None
-        found = self._growth.stepped(resident_bytes())
+        assert self._watch is not None
+        found = self._growth.stepped(self._watch.resident_bytes())
         if found is not None:
             why = _growth_words(found)
             self._owner = f" {why[0].upper()}{why[1:]}."

@@ -8,16 +8,19 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import os
 import resource
 import threading
 from collections.abc import Iterator
 
 from delest import errors
-from delest.hardware.machine import data_and_resident_bytes, give_back_unused, resident_bytes, share_one_heap
+from delest.hardware.machine import Gauge, data_and_resident_bytes, give_back_unused, share_one_heap
 from delest.units import format_bytes
 
 MARGIN_BYTES = 16 << 20  # pages of libraries that are touched later: resident, but no data that the limit counts
-WATCH_SECONDS = 0.01
+LEAST_SECONDS, MOST_SECONDS = 0.01, 0.25  # between two looks of the thread
+# No faster does address space come into use, since the kernel clears each page first: 4 GB/s a core were measured.
+TOUCHED_BYTES_PER_SECOND = (4 << 30) * len(os.sched_getaffinity(0))
 
 
 @contextlib.contextmanager
@@ -55,7 +58,10 @@ class Limit:
 
     def __init__(self, budget_bytes: int):
         self.budget_bytes, self.highest_bytes = budget_bytes, 0
-        self._done, self._lock = threading.Event(), threading.Lock()
+        self._gauge: Gauge
+        self._done, self._lock = threading.Lock(), threading.Lock()  # the first is held while watched
+        self._peak_bytes: int | None = None  # since the process began
+        self._near_bytes, self._wait = 0, LEAST_SECONDS  # the highest since the limit began anew; seconds until the next look
         self._limit: int | None = None  # None: not set
         self._stacks_bytes = 0  # address space of threads that were started meanwhile
         self._off = False
@@ -66,14 +72,17 @@ class Limit:
         before = resource.getrlimit(resource.RLIMIT_DATA)
         thread = threading.Thread(target=self._run, name="memory-guard", daemon=True)
         share_one_heap()
+        self._gauge = Gauge()
+        self._done.acquire()
         with self.lifted():
             thread.start()
         self.begin_anew(widen=True)
         try:
             yield
         finally:
-            self._done.set()
+            self._done.release()
             thread.join()
+            self._gauge.close()
             self._set(None if before[0] == resource.RLIM_INFINITY else before[0] + self._stacks_bytes)
 
     def begin_anew(self, *, widen: bool = False) -> None:
@@ -82,7 +91,13 @@ class Limit:
         gc.collect()
         self._read(widen=widen)
         give_back_unused()
-        self.highest_bytes = 0
+        self.highest_bytes, self._near_bytes, self._wait = 0, 0, LEAST_SECONDS
+
+    def resident_bytes(self) -> int:
+        """What is resident now, which counts for the highest."""
+        resident = self._gauge.resident_bytes()
+        self.highest_bytes = max(self.highest_bytes, resident)
+        return resident
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
@@ -110,35 +125,41 @@ class Limit:
         try:
             yield
         finally:
-            highest = max(self.highest_bytes, resident_bytes())
+            highest = max(self.highest_bytes, self._read(widen=False))
             self._off = False
             self.begin_anew(widen=True)
         if highest > self.budget_bytes:
             raise too_small(self.budget_bytes, highest, f"{format_bytes(highest)} were in use once the data were opened")
 
     def _run(self) -> None:
-        while not self._done.is_set():
-            resident = self._read(widen=False)
-            self.highest_bytes = max(self.highest_bytes, resident)
-            self._done.wait(WATCH_SECONDS)
+        """What rose and fell between two looks is told by the kernel's own peak, where it is a new one."""
+        while not self._done.acquire(timeout=self._wait):
+            highest = self._read(widen=False)
+            self.highest_bytes, self._near_bytes = max(self.highest_bytes, highest), max(self._near_bytes, highest)
+            self._wait = next_wait(self._wait, self.budget_bytes - self._near_bytes)
 
     def _read(self, *, widen: bool) -> int:
-        """What is resident; the limit follows it."""
+        """The most that was resident since the last reading, as far as is known; the limit follows what is resident now."""
         with self._lock:
-            sizes = data_and_resident_bytes()
-            if sizes is None:  # a system that does not count data: watched only
-                return resident_bytes()
-            data, resident = sizes
-            limit = max(0, data + self.budget_bytes - MARGIN_BYTES - resident)
-            if not self._off and (widen or self._limit is None or limit < self._limit):
-                self._set(limit)
-        return resident
+            resident, peak, data = self._gauge.sizes()
+            if data is not None:  # else a system that does not count data: watched only
+                limit = max(0, data + self.budget_bytes - MARGIN_BYTES - resident)
+                if not self._off and (widen or self._limit is None or limit < self._limit):
+                    self._set(limit)
+            before, self._peak_bytes = self._peak_bytes, peak
+            return peak if peak is not None and before is not None and peak > before else resident
 
     def _set(self, limit: int | None) -> None:
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         self._limit = limit
         within = limit is not None and (hard == resource.RLIM_INFINITY or limit < hard)
         resource.setrlimit(resource.RLIMIT_DATA, (limit if within and limit is not None else hard, hard))
+
+
+def next_wait(last_seconds: float, free_bytes: int) -> float:
+    """Seconds until the thread looks again: before memory that comes into use without being asked for can fill half of what is free in
+    the budget, and at most twice the last."""
+    return max(LEAST_SECONDS, min(2 * last_seconds, free_bytes / 2 / TOUCHED_BYTES_PER_SECOND, MOST_SECONDS))
 
 
 def too_small(budget_bytes: int, highest_bytes: int, why: str, more: str = "", option: str = "--memory ") -> errors.NothingFits:

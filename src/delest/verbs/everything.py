@@ -21,6 +21,7 @@ def run(
     *,
     plan: Plan | str | Path | None = None,
     memory: str | int | None = None,
+    exact: bool = False,
     time: str | float | None = None,
     preview: str | float | None = None,
     out: str | Path | None = None,
@@ -44,6 +45,7 @@ def run(
     settings = Settings(
         plan=plan,
         memory=memory,
+        exact=exact or None,
         time=time,
         preview=preview,
         out=out,

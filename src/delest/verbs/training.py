@@ -40,6 +40,7 @@ class Settings:
 
     plan: Plan | str | Path | None = None
     memory: str | int | None = None
+    exact: bool | None = None
     time: str | float | None = None
     preview: str | float | None = None
     out: str | Path | None = None
@@ -66,6 +67,7 @@ def train(
     *,
     plan: Plan | str | Path | None = None,
     memory: str | int | None = None,
+    exact: bool = False,
     time: str | float | None = None,
     preview: str | float | None = None,
     out: str | Path | None = None,
@@ -79,12 +81,13 @@ def train(
     """Train a job and keep the best weights: checked, planned, checkpointed, resumable.
 
     `job` is a `Job`, a path or a name (see `delest.job.load`); with `resume` it may be left out where `out` names the run.
-    `memory` bounds the resident set (bytes, "2GiB", "80%"), `time` the training ("10min", seconds), `preview` is the
+    `memory` bounds the resident set (bytes, "2GiB", "80%"), with `exact` by methods that keep the results alone; `time` the training ("10min", seconds), `preview` is the
     share of training rows to train on first. Raises `BadInput`, `NothingFits`, `Diverged`, `Interrupted` (resumable).
     """
     settings = Settings(
         plan=plan,
         memory=memory,
+        exact=exact or None,
         time=time,
         preview=preview,
         out=out,
@@ -174,7 +177,7 @@ def _as_begun(folder: Path, settings: Settings) -> Settings:
         settings = replace(settings, init_from=str(Path(settings.init_from).resolve()))
     changed = [
         f"--{name.replace('_', '-')}"
-        for name in ("plan", "memory", "preview", "init_from", "device", "threads")
+        for name in ("plan", "memory", "exact", "preview", "init_from", "device", "threads")
         if getattr(settings, name) not in (None, begun.get(name))
     ]
     if changed:
@@ -230,11 +233,11 @@ def _plan(place: Workplace, settings: Settings, folder: Path, say: Progress) -> 
     if before is not None:
         place.seconds |= before.seconds
         return before
-    given = settings.plan
-    if given is None:
-        wishes: dict[str, Any] = {name: getattr(settings, name) for name in ("memory", "device", "threads")}
+    wishes: dict[str, Any] = {name: getattr(settings, name) for name in ("memory", "exact", "device", "threads")}
+    if settings.plan is None:
+        wishes["exact"] = bool(settings.exact)
         return plan_workplace(place, **wishes, say=say, startable=supervision.restartable)
-    return plan_as_given(place, given, {name: getattr(settings, name) for name in ("memory", "device", "threads")}, say)
+    return plan_as_given(place, settings.plan, wishes, say)
 
 
 def _start_folder(folder: Path, place: Workplace, plan: Plan, session: Any, settings: Settings) -> Path:
@@ -244,7 +247,7 @@ def _start_folder(folder: Path, place: Workplace, plan: Plan, session: Any, sett
     state = session.state()
     weights = sum(array.nbytes for name, array in state.arrays.items() if name.startswith("model."))
     checkpoints.check_room(folder, sum(array.nbytes for array in state.arrays.values()), weights)
-    names = ("memory", "time", "preview", "device", "threads", "checkpoint_seconds", "max_drop")
+    names = ("memory", "exact", "time", "preview", "device", "threads", "checkpoint_seconds", "max_drop")
     begun = {name: getattr(settings, name) for name in names}
     begun["init_from"] = None if settings.init_from is None else str(Path(settings.init_from).resolve())
     files = {"data.json": place.describe_data(), "preprocessing.json": preprocessing_json(place)}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from delest.backends.torch import randomness
 
-Before = tuple[dict[str, Any], list[Tensor]]
+Before = tuple[Callable[[], None], list[Tensor]]
 
 _NO_MEMORY = ("DefaultCPUAllocator", "could not create a memory", "bad_alloc")
 # oneDNN's words for memory that it could not get, as for much else: believed where a limit is held.
@@ -18,12 +18,12 @@ _NO_MEMORY_UNDER_LIMIT = ("could not create a primitive", "could not execute a p
 
 def remember(model: nn.Module) -> Before:
     """Random state and buffers, copied."""
-    return randomness.capture(), [buffer.clone() for buffer in model.buffers()]
+    return randomness.hold(), [buffer.clone() for buffer in model.buffers()]
 
 
 def restore(model: nn.Module, before: Before) -> None:
     """Random state and buffers as `remember` found them."""
-    randomness.restore(before[0])
+    before[0]()
     with torch.no_grad():
         for buffer, kept in zip(model.buffers(), before[1], strict=True):
             buffer.copy_(kept)
