@@ -62,6 +62,8 @@ SIDES = (
     *(Side("plain", None, {}, network) for network in NETWORKS),
     Side("bf16", "precision", {"dtype": "bf16"}),
     Side("8 bits", "optimizer_state", {"bits": 8}),
+    Side("4 bits", "optimizer_state", {"bits": 4}),
+    Side("rows and columns", "factored_state", {}),
     Side("4 parts of 32 rows, each normalised by itself", "micro_batch", {"rows": 32}),
     Side("4 parts of 32 rows", "micro_batch", {"rows": 32}, "three dropout layers"),
     Side(

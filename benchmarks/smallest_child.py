@@ -24,7 +24,8 @@ HERE = Path(__file__).parent
 M_MMAP_THRESHOLD, THRESHOLD_BYTES = -3, 65536  # mallopt(3)
 STEPS, PAIRS = 3, 4
 LONGEST = 1.7  # times the plain step's expected time
-VARIANTS = ("any", "exact", "any, whole batch", "exact, whole batch")
+VARIANTS = ("any", "any, Adam's rule", "exact", "any, whole batch", "exact, whole batch")
+OTHER_RULE = "factored_state"  # what the second variant leaves out
 CLOSE = 2  # of the candidates with the least memory are traced with their methods applied
 
 
@@ -37,15 +38,15 @@ def prepared(name: str) -> tuple[Any, Any, Any]:
     from delest.training.progress import Progress
     from delest.verbs.workplace import open_workplace
 
-    place = open_workplace(jobs.load(f"{HERE / 'smallest_jobs.py'}:{name}"), Progress())
+    place = open_workplace(jobs.load(f"{HERE / 'smallest_jobs.py'}:{name.replace('-', '_')}"), Progress())
     rows = place.job.batch_size
     batch = next(Feed(place.source, np.arange(rows), place.preprocessing, batch_size=rows).ordered())
     return place.job, place, batch
 
 
 def plan(name: str) -> dict[str, Any]:
-    """Plans with the least memory that are expected to take at most `LONGEST` times as long: of all, of those that keep the results, and
-    of both without micro-batches."""
+    """Plans with the least memory that are expected to take at most `LONGEST` times as long: of all, of those that keep
+    Adam's rule, of those that keep the results, and of the first and the last without micro-batches."""
     from delest.backends.torch.loops import JobLoop
     from delest.backends.torch.trace import trace_loop
     from delest.footprint import heap
@@ -54,7 +55,7 @@ def plan(name: str) -> dict[str, Any]:
     from delest.hardware.roofline import measure_roofline
     from delest.planning import traced
     from delest.planning.account import account_for
-    from delest.planning.candidates import Judge, all_candidates, keeps_of
+    from delest.planning.candidates import SMALLER_STATES, Judge, all_candidates, keeps_of
     from delest.planning.request import EXACT, Request
     from delest.records.form import to_json
     from delest.records.plan import Plan
@@ -64,7 +65,7 @@ def plan(name: str) -> dict[str, Any]:
         False
     )  # malloc's threshold is fixed where these plans run, so that freed blocks do not wait for reuse
     job, place, batch = prepared(name)
-    probe = _examine(place, threads=1, device="cpu")
+    probe = _examine(place, threads=1, device="cpu", fewer_threads=False)
     idle = probe["idle_bytes"]
     request = Request(job=job, probe=probe, budget_bytes=idle, asked=True, idle_bytes=idle, threads=1)
 
@@ -75,21 +76,23 @@ def plan(name: str) -> dict[str, Any]:
     started, retrace = time.perf_counter(), traced._once(trace)
     plain = retrace(())
     judge = Judge(plain, request, measure_roofline(1))
+    judges = {request.allocator: judge}
     judge.refused = traced._refused(plain, (), judge, traced._by_trace(retrace))
     most = LONGEST * judge.seconds(plain, job.batch_size)
-    candidates = sorted(
-        (one for one in all_candidates(plain, (), judge) if one.seconds <= most), key=lambda one: one.grown_bytes
-    )
+    everything = [one for state in (None, *SMALLER_STATES) for one in all_candidates(plain, (), judge, state)]
+    candidates = sorted((one for one in everything if one.seconds <= most), key=lambda one: one.grown_bytes)
     found = {}
     for what in VARIANTS:
         group = [
             one
             for one in candidates
-            if ("exact" not in what or keeps_of(one, request) in EXACT) and ("whole" not in what or one.rows == job.batch_size)
+            if ("exact" not in what or keeps_of(one, request) in EXACT)
+            and ("rule" not in what or not one.uses(OTHER_RULE))
+            and ("whole" not in what or one.rows == job.batch_size)
         ]
-        close = [traced._closely(one, judge, retrace) for one in group[:CLOSE]]
+        close = [traced._closely(one, judges, retrace) for one in group[:CLOSE]]
         least = min(close, key=lambda one: one.grown_bytes)
-        found[what] = to_json(account_for(least, [least], (), plain, judge))
+        found[what] = to_json(account_for(least, [least], (), plain, judges))
     steps = replay(plain, rows=job.batch_size, allocator="exact", phases=("first_step", "steady_step"))
     kept = steps.breakdown["activations"] + steps.breakdown["temporaries"]
     return {

@@ -1,4 +1,4 @@
-"""Seven jobs at 32 images or 8 sequences, by what their memory goes to; for benchmarks/smallest_budget.py."""
+"""Nine jobs at 32 images or 8 sequences, by what their memory goes to; for benchmarks/smallest_budget.py."""
 
 from __future__ import annotations
 
@@ -51,11 +51,21 @@ def deep() -> delest.Job:
     return job(lambda: Vision(width=384, layers=4), images(56), IMAGES)
 
 
+def wider() -> delest.Job:
+    """19 M parameters in 6 layers, 8 x 320 tokens: as wide and deep as a usual small encoder."""
+    return job(lambda: Text(width=512, layers=6), tokens(320, 2000), SEQUENCES)
+
+
 # With batch normalisation
 
 
 def resnet18() -> delest.Job:
     return job(lambda: resnet(blocks=[2, 2, 2, 2], bottleneck=False, classes=10), images(64), IMAGES)
+
+
+def resnet18_224() -> delest.Job:
+    """At the size of its paper's images."""
+    return job(lambda: resnet(blocks=[2, 2, 2, 2], bottleneck=False, classes=10), images(224), IMAGES)
 
 
 # States dominate

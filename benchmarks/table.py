@@ -142,9 +142,15 @@ def _smallest(rows: dict[str, dict[str, Any]]) -> list[str]:
         times = ", ".join(f"{row[how]['time_ratio']:.2f}" for how in ("exact", "any"))
         lines.append(
             f"| * least memory above the idle process, same effective batch: {words} | {row['plain_peak_bytes'] / 2**20:,.0f} MiB (plain, AdamW) "
-            f"| **{exact} exact, {free} with 8-bit moments**, {times} of the time | `python benchmarks/smallest_budget.py` |"
+            f"| **{exact} exact, {free} {_state(row['any']['methods'])}**, {times} of the time | `python benchmarks/smallest_budget.py` |"
         )
     return lines
+
+
+def _state(methods: dict[str, Any]) -> str:
+    if "factored_state" in methods:
+        return "with a factored second moment"
+    return f"with {methods['optimizer_state']['bits']}-bit moments" if "optimizer_state" in methods else "with any method"
 
 
 def _startup(rows: dict[str, dict[str, Any]]) -> str:

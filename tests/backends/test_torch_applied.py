@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import delest
 from delest import errors, malloc, storage
-from delest.backends.torch.adamw8bit import AdamW8bit
 from delest.backends.torch.model import fingerprint
+from delest.backends.torch.quantised_adamw import AdamW8bit
 from delest.records.plan import Choice, Plan
 
 cross_entropy = nn.functional.cross_entropy
@@ -176,6 +176,22 @@ def test_a_new_optimizer_has_the_groups_and_settings_of_the_given_one() -> None:
         applied.step((torch.ones(4, 100), torch.zeros(4, dtype=torch.int64)))
 
 
+@pytest.mark.parametrize(
+    ("method", "config", "kind"), [("optimizer_state", {"bits": 4}, "AdamW4bit"), ("factored_state", {}, "FactoredAdamW")]
+)
+def test_smaller_states_are_applied_with_updates_in_the_backward_pass(method: str, config: dict[str, int], kind: str) -> None:
+    net = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 2))
+    given = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
+    applied = delest.apply(plan(**{method: config, "optimizer_in_backward": {}}), net, given, cross_entropy)
+    assert type(applied.optimizer).__name__ == kind
+    assert [(group["lr"], group["weight_decay"]) for group in applied.optimizer.param_groups] == [(0.01, 0.1)]
+    batch = torch.randn(8, 100), torch.zeros(8, dtype=torch.int64)
+    losses = [float(applied.step(batch)) for _ in range(20)]
+    assert losses[-1] < 0.5 * losses[0]
+    again = delest.apply(plan(**{method: config, "optimizer_in_backward": {}}), net, applied.optimizer, cross_entropy)
+    assert again.optimizer is applied.optimizer
+
+
 def plain_loop_step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     net(torch.ones(2, 100)).sum().backward()
     optimizer.step()
@@ -196,6 +212,8 @@ def test_a_scheduler_on_an_optimizer_that_must_go_is_refused_by_name(build: Any)
     scheduler = build(optimizer)
     with pytest.raises(errors.BadInput, match=f"a {type(scheduler).__name__} is attached"):
         delest.apply(plan(optimizer_state={"bits": 8}), net, optimizer)
+    with pytest.raises(errors.BadInput, match="factored_state needs a new optimizer"):
+        delest.apply(plan(factored_state={}), net, optimizer)
     delest.apply(plan(optimizer_in_backward={}), net, optimizer)
 
 

@@ -357,7 +357,7 @@ def test_a_weight_that_is_overwritten_before_its_last_use_raises(optimizer: str)
         ("activation_checkpointing", {"modules": "0"}, "has '0' as config.modules"),
         ("memory_format", {"format": "upside_down"}, 'config.format: it should be "channels_last"'),
         ("precision", {}, 'lacks config.dtype: it should be "bf16"'),
-        ("optimizer_state", {"bits": 3}, "has 3 as config.bits: it should be 8"),
+        ("optimizer_state", {"bits": 5}, "has 5 as config.bits: it should be 8 or 4"),
     ],
 )
 def test_settings_that_are_missing_or_wrong_in_a_plan_are_named(method, config, words) -> None:
@@ -380,6 +380,12 @@ def test_methods_exclude_each_other_in_words() -> None:
     assert "fp16" in methods.conflicts({"optimizer_in_backward": {}, "precision": {"dtype": "fp16"}})[0]
     with pytest.raises(errors.BadInput, match="AdamW's, and the optimizer is sgd"):
         session("dropout", plan(optimizer_state={"bits": 8}), recipe=Recipe(optimizer="sgd"))
+    with pytest.raises(errors.BadInput, match="second moment is what is factored, and the optimizer is sgd"):
+        session("dropout", plan(factored_state={}), recipe=Recipe(optimizer="sgd"))
+    both = {"optimizer_state": {"bits": 4}, "factored_state": {}}
+    assert methods.conflicts(both) == [
+        "factored_state excludes optimizer_state: a second moment of rows and columns leaves no moments to keep in fewer bits."
+    ]
     with pytest.raises(errors.BadInput, match="unknown method 'magic'"):
         session("dropout", plan(magic={}))
 
@@ -428,12 +434,20 @@ def test_the_traced_peak_falls_by_the_gradients_with_updates_in_the_backward_pas
     assert peak(plan(optimizer_in_backward={}), wide, recipe) < peak(plan(), wide, recipe)
 
 
-def test_the_traced_peak_falls_with_8_bit_moments() -> None:
+@pytest.mark.parametrize(
+    ("method", "config", "kind", "held"),
+    [
+        ("optimizer_state", {"bits": 8}, "AdamW8bit", 2 + 2 * 4 / 256),
+        ("optimizer_state", {"bits": 4}, "AdamW4bit", 1 + 2 * 4 / 128),
+        ("factored_state", {}, "FactoredAdamW", 2 * 4 / 256),
+    ],
+)
+def test_the_traced_peak_falls_with_small_state(method: str, config: dict[str, Any], kind: str, held: float) -> None:
     def square() -> nn.Module:
         return nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(16)))
 
-    plain, small = (traced(chosen, square) for chosen in (plan(), plan(optimizer_state={"bits": 8})))
-    assert small.optimizer == "AdamW8bit"
+    plain, small = (traced(chosen, square) for chosen in (plan(), plan(**{method: config})))
+    assert small.optimizer == kind
     count = 16 * 256 * 256
     assert plain.state_bytes == pytest.approx(12 * count, rel=0.01)
-    assert small.state_bytes == pytest.approx((4 + 2 + 2 * 4 / 256) * count, rel=0.01)
+    assert small.state_bytes == pytest.approx((4 + held) * count, rel=0.01)

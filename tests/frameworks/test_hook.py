@@ -12,9 +12,9 @@ from torch import nn
 
 import delest
 from delest import errors, runs, storage
-from delest.backends.torch.adamw8bit import AdamW8bit
 from delest.backends.torch.model import fingerprint
 from delest.backends.torch.parts import ignoring
+from delest.backends.torch.quantised_adamw import AdamW8bit
 from delest.frameworks.hook import Hook
 from delest.records.plan import Choice, Plan
 

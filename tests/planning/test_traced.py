@@ -15,11 +15,12 @@ from delest.backends.torch.loops import JobLoop
 from delest.backends.torch.trace import trace_loop
 from delest.job import Job, Recipe
 from delest.planning import search, traced
-from delest.planning.candidates import Judge
+from delest.planning.candidates import SMALLER_STATES, Judge
 from delest.planning.request import EXACT, SLACK_BYTES, Request
 from delest.records.batch import Batch
 from delest.records.plan import Plan
 from delest.records.source import Column, Schema, Target
+from delest.reporting.words import option_words
 from rooflines import ROOFLINE
 
 MIB = 1 << 20
@@ -62,8 +63,11 @@ class Flat(nn.Module):
         return self.second(torch.relu(self.first(x)).mean(1))
 
 
+MADE: dict[str, object] = {}  # traces of all tests, by model, recipe and choices
+
+
 def tracer(job: Job):
-    """What traces the job's step with choices applied; keeps what it traced."""
+    """What traces the job's step with choices applied; keeps what it was asked for."""
     example = Batch(np.zeros((2, 32, WIDTH), np.float32), np.zeros(2, np.int64), np.arange(2), 0, 2)
 
     def trace(choices):
@@ -78,8 +82,10 @@ def tracer(job: Job):
 
     def retrace(choices):
         key = repr([(choice.method, choice.config) for choice in choices])
-        if key not in traces:
-            traces[key] = trace(choices)
+        whole = f"{job.model} {job.recipe} {key}"
+        if whole not in MADE:
+            MADE[whole] = trace(choices)
+        traces[key] = MADE[whole]
         return traces[key]
 
     retrace.traces = traces
@@ -165,10 +171,73 @@ def test_results_are_changed_only_where_nothing_else_fits(smallest):
     assert smallest[False] < smallest[True]
     between = (smallest[False] + smallest[True]) / 2 / MIB
     plan, _ = choose(request(between))
-    assert plan.config("optimizer_state") == {"bits": 8}
+    assert {"optimizer_state", "factored_state"} & {choice.method for choice in plan.choices}
     with pytest.raises(errors.NothingFits) as raised:
         choose(request(between, exact=True))
     assert raised.value.smallest_bytes == smallest[True] + SLACK_BYTES
+
+
+@pytest.fixture(scope="module")
+def by_state(smallest):
+    """The least budget in bytes, as above, with 8-bit moments alone, with 4-bit ones too, and with all states."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for count in range(len(SMALLER_STATES)):
+            patch.setattr(traced, "SMALLER_STATES", SMALLER_STATES[:count])
+            with pytest.raises(errors.NothingFits) as raised:
+                choose(request(110))
+            found.append(raised.value.smallest_bytes - SLACK_BYTES)
+    return [*found, smallest[False]]
+
+
+def test_a_smaller_state_is_taken_only_where_no_larger_one_fits(smallest, by_state):
+    eight, four, factored = by_state
+    assert smallest[True] > eight > four > factored
+    for low, high, state in (
+        (eight, smallest[True], {"optimizer_state": {"bits": 8}}),
+        (four, eight, {"optimizer_state": {"bits": 4}}),
+        (factored, four, {"factored_state": {}}),
+    ):
+        plan, retrace = choose(request((low + high) / 2 / MIB))
+        chosen = {choice.method: choice.config for choice in plan.choices}
+        assert {name: chosen[name] for name in ("optimizer_state", "factored_state") if name in chosen} == state
+        assert ("torchao" in plan.code, "Adafactor" in plan.code) == ("optimizer_state" in state, "factored_state" in state)
+        traced_states = [
+            name for name in ("'bits': 8", "'bits': 4", "factored_state") if any(name in key for key in retrace.traces)
+        ]
+        assert traced_states[-1] in str(state)  # the others after it were not looked at
+
+
+def test_reasons_say_which_state_and_why_no_other(by_state):
+    eight, four, factored = by_state
+    plan, _ = choose(request((four + eight) / 2 / MIB))
+    why = {choice.method: choice.why for choice in plan.choices} | {one.method: one.why for one in plan.rejected}
+    assert "nor with 8 bits; AdamW's moments take 4 bits" in why["optimizer_state"]
+    assert "another plan fits without that" in why["factored_state"]
+    plan, _ = choose(request((factored + four) / 2 / MIB))
+    why = {choice.method: choice.why for choice in plan.choices} | {one.method: one.why for one in plan.rejected}
+    assert "nothing that keeps Adam's rule fits" in why["factored_state"]
+    assert "fit" in why["optimizer_state"]
+    taken = [option for option in plan.frontier if "optimizer_state" in option.methods]
+    assert {option.bits for option in taken} == {8, 4}
+    assert {f"optimizer state in {option.bits} bits" in option_words(plan, option) for option in taken} == {True}
+    plan, _ = choose(request(174, exact=True))
+    assert "exact ones are asked for" in next(one.why for one in plan.rejected if one.method == "factored_state")
+    plan, _ = choose(request(174, optimizer="sgd"))
+    assert "the optimizer is sgd" in next(one.why for one in plan.rejected if one.method == "factored_state")
+
+
+def test_smaller_states_cost_nothing_where_another_plan_fits(monkeypatch, smallest):
+    asked = []
+    whole = traced.all_candidates
+
+    def noting(plain, base, judge, state=None):
+        asked.append(state)
+        return whole(plain, base, judge, state)
+
+    monkeypatch.setattr(traced, "all_candidates", noting)
+    choose(request(smallest[True] / MIB + 1))
+    assert asked == [None]
 
 
 def test_the_smallest_budget_that_is_named_works(smallest):

@@ -6,7 +6,7 @@ import inspect
 import sys
 from typing import TYPE_CHECKING, Any
 
-from delest import errors
+from delest import errors, methods
 
 if TYPE_CHECKING:
     from delest.frameworks.hook import Hook
@@ -53,9 +53,9 @@ def faults_in_transformers(trainer: Any, hook: Hook) -> list[str]:
     if _has_precision(hook) and (args.bf16 or args.fp16):
         found.append("the plan has a precision, and the TrainingArguments bf16 or fp16 already: leave one of them out.")
     late = hasattr(trainer.optimizer, "optimizer")  # accelerate's wrapper: the scheduler is made right after it
-    if late and plan is not None and plan.config("optimizer_state") is not None:
+    for method in methods.new_optimizer(plan) if late and plan is not None else ():
         found.append(
-            f"optimizer_state needs a new optimizer, and a {type(trainer.lr_scheduler).__name__} is attached to the one that is "
+            f"{method} needs a new optimizer, and a {type(trainer.lr_scheduler).__name__} is attached to the one that is "
             "there: give the callback as Trainer(callbacks=[...]), not by add_callback."
         )
     return found

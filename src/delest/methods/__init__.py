@@ -30,6 +30,7 @@ NAMES = (  # in the order in which they are applied
     "layered_accumulation",
     "chunked_loss",
     "optimizer_state",
+    "factored_state",
     "optimizer_in_backward",
     "micro_batch",
 )
@@ -136,6 +137,11 @@ def environment(plan: Plan) -> dict[str, str]:
         if named(name).STAGE == "process"
         for variable, value in named(name).environment(config).items()
     }
+
+
+def new_optimizer(plan: Plan) -> list[str]:
+    """The plan's methods that put another optimizer in place of the given one."""
+    return [name for name in configs(plan) if named(name).STAGE == "optimizer"]
 
 
 def waiting(plan: Plan) -> list[str]:

@@ -13,15 +13,17 @@ if TYPE_CHECKING:
 
 STAGE: Stage = "backward"
 SETTINGS: Settings = {}
-# Optimizers of torch.optim, and our own, that update every element from its own gradient and state alone.
+# Optimizers of torch.optim that update every element from its own gradient and state alone, and our own, each parameter from its own.
 ELEMENTWISE = (
     "adadelta",
     "adagrad",
     "adam",
     "adamax",
     "adamw",
+    "adamw4bit",
     "adamw8bit",
     "asgd",
+    "factoredadamw",
     "nadam",
     "radam",
     "rmsprop",

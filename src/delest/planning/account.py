@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from delest import methods
-from delest.planning.candidates import CONFIGS, REWRITES, Candidate, Judge, keeps_of
+from delest.planning.candidates import REWRITES, Candidate, Judge, keeps_of
 from delest.planning.request import EXACT, Request, make_choice, notes
 from delest.records.footprint import Footprint
 from delest.records.plan import KEEPS, Choice, Option, Plan, Rejection
@@ -81,7 +81,8 @@ def _explained(found: Candidate, without: Candidate, plain: Trace, judges: Mappi
 
 def _facts(choice: Choice) -> dict[str, Any]:
     config = choice.config
-    return {"blocks": len(config.get("modules", ())), "parts": config.get("parts"), "name": config.get("name")}
+    found = {"blocks": len(config.get("modules", ())), "nor": ", nor with 8 bits" if config.get("bits") == 4 else ""}
+    return found | {name: config.get(name) for name in ("parts", "name", "bits")}
 
 
 _WHY = {
@@ -90,7 +91,8 @@ _WHY = {
     "chunked_loss": "{fit}; logits are made and used up in {parts} parts",
     "layered_accumulation": "{fit}; {blocks} blocks are computed again and differentiated in {parts} parts of the batch, one after the other",
     "optimizer_in_backward": "{fit}; each gradient is used and freed as soon as it is complete",
-    "optimizer_state": "{fit}, and nothing that keeps the results fits; AdamW's moments take 8 bits",
+    "optimizer_state": "{fit}, and nothing that keeps the results fits{nor}; AdamW's moments take {bits} bits",
+    "factored_state": "{fit}, and nothing that keeps Adam's rule fits; of its moments only means of the second's rows and columns stay",
 }
 
 
@@ -123,7 +125,13 @@ def _option(candidate: Candidate, request: Request) -> Option:
         step_seconds=candidate.seconds,
         fits=candidate.grown_bytes <= request.most_grown_bytes,
         keeps=max((*(choice.keeps for choice in candidate.choices), keeps_of(candidate, request)), key=KEEPS.index),
+        bits=_bits(candidate),
     )
+
+
+def _bits(candidate: Candidate) -> int | None:
+    """Of each of the optimizer's moments, where a method says how many."""
+    return next((choice.config["bits"] for choice in candidate.choices if "bits" in choice.config), None)
 
 
 def _frontier(candidates: Sequence[Candidate], request: Request) -> tuple[Option, ...]:
@@ -140,7 +148,7 @@ def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
     """One of each combination of methods: the first."""
     seen: dict[tuple[Any, ...], Candidate] = {}
     for one in candidates:
-        key = (tuple(choice.method for choice in one.choices), one.rows)
+        key = (tuple(choice.method for choice in one.choices), _bits(one), one.rows)
         seen.setdefault(key, one)
     return list(seen.values())
 
@@ -148,7 +156,7 @@ def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
 def _rejections(found: Candidate, candidates: Sequence[Candidate], judge: Judge) -> Iterator[Rejection]:
     """Of each method that was not taken the best that it could do."""
     request = judge.request
-    for name in ("allocator", "activation_checkpointing", "layered_accumulation", "chunked_loss", *CONFIGS, "micro_batch"):
+    for name in ("allocator", "activation_checkpointing", "layered_accumulation", *REWRITES, "micro_batch"):
         if found.uses(name) or (name == "micro_batch" and found.rows < request.job.batch_size):
             continue
         having = [one for one in candidates if one.uses(name) or (name == "micro_batch" and one.rows < request.job.batch_size)]
@@ -162,6 +170,8 @@ def _rejections(found: Candidate, candidates: Sequence[Candidate], judge: Judge)
             yield Rejection(
                 method=name, why=f"does not fit even with it: {format_bytes(request.high_bytes(least.grown_bytes))}"
             )
+        elif name == "optimizer_state" and found.uses("factored_state"):
+            yield Rejection(method=name, why="it seemed to fit, and did not when it was traced with all that goes with it")
         elif keeps_of(fitting[0], request) not in EXACT and keeps_of(found, request) in EXACT:
             yield Rejection(method=name, why="it fits only with what changes the results, and another plan fits without that")
         else:
@@ -173,10 +183,14 @@ def _not_here(name: str, request: Request) -> str:
     """Why no combination has a method."""
     if name == "allocator":
         return f"no other than {request.allocator} was probed here"
-    if name not in CONFIGS:
+    if name not in REWRITES or name == "chunked_loss":
         blocks = "the model has no blocks (modules that hold modules) to recompute"
         logits = "no last linear layer has outputs that are much of the peak"
         known = {"activation_checkpointing": blocks, "layered_accumulation": blocks, "chunked_loss": logits}
         return known.get(name, "the batch cannot be split further")
-    reasons = methods.conflicts({name: CONFIGS[name]}, methods.of_recipe(request.job.recipe))
-    return reasons[0].partition(": ")[2] if reasons else "it changes the results, and exact ones are asked for"
+    reasons = methods.conflicts({name: {}}, methods.of_recipe(request.job.recipe))
+    if reasons:
+        return reasons[0].partition(": ")[2]
+    if request.exact:
+        return "it changes the results, and exact ones are asked for"
+    return "it gives up more of Adam's rule than moments in few bits do, and another plan fits without that"

@@ -23,7 +23,9 @@ from delest.records.trace import Trace
 # The one whose fresh memory is charged: where malloc keeps what is freed, pages are new in the first steps alone.
 FRESH = {"mmap": "mmap"}
 REPLAYS = 4  # of a heap for each combination: what more of them would tell is within the margin
-STATE_SHARE = 0.26  # of fp32 moments, in 8 bits with a scale for each 256 of them
+STATE_SHARES = {8: 0.26, 4: 0.133, None: 0.0}  # of fp32 moments, by bits with their scales; None: rows and columns alone
+# Other states, looked at in this order and only where nothing else fits: each costs as much comparing as all that goes before.
+SMALLER_STATES: tuple[Mapping[str, dict[str, Any]], ...] = ({"optimizer_state": {"bits": 4}}, {"factored_state": {}})
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,13 @@ class Judge:
         return self._live(trace, rows, batch, evaluated)
 
 
-def all_candidates(plain: Trace, base: tuple[Choice, ...], judge: Judge) -> list[Candidate]:
-    """Every combination at every number of parts, with as few blocks recomputed as the budget asks for, and with all of them."""
+def all_candidates(
+    plain: Trace, base: tuple[Choice, ...], judge: Judge, state: Mapping[str, dict[str, Any]] | None = None
+) -> list[Candidate]:
+    """Every combination at every number of parts, with as few blocks recomputed as the budget asks for, and with all of them; with `state`
+    those that have this one of `SMALLER_STATES`."""
     request, found = judge.request, []
-    for configs in _combinations(request, configs_of(plain, judge)):
+    for configs in _combinations(request, configs_of(plain, judge), state or {}):
         trace = plain
         for name, config in configs.items():
             trace = REWRITES[name](trace, config)
@@ -152,12 +157,15 @@ def configs_of(plain: Trace, judge: Judge) -> dict[str, dict[str, Any]]:
     return {name: config for name, config in offered.items() if name not in judge.refused}
 
 
-def _combinations(request: Request, offered: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, dict[str, Any]]]:
-    """Methods that go together with each other and with the recipe, with their configurations; first none."""
+def _combinations(
+    request: Request, offered: Mapping[str, dict[str, Any]], state: Mapping[str, dict[str, Any]]
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Methods that go together with each other and with the recipe, with their configurations; first none but the `state`."""
     recipe = methods.of_recipe(request.job.recipe)
+    offered = {name: config for name, config in offered.items() if not state or name != "optimizer_state"}
     for count in range(len(offered) + 1):
         for names in itertools.combinations(offered, count):
-            configs = {name: offered[name] for name in names}
+            configs = {**{name: offered[name] for name in names}, **state}
             if not methods.conflicts(configs, recipe):
                 yield configs
 
@@ -192,10 +200,10 @@ def _in_backward(trace: Trace, config: Mapping[str, Any]) -> Trace:
     return replace(trace, storages=replace(storages, dies=dies))
 
 
-def _in_eight_bits(trace: Trace, config: Mapping[str, Any]) -> Trace:
-    storages = trace.storages
+def _with_small_state(trace: Trace, config: Mapping[str, Any]) -> Trace:
+    storages, share = trace.storages, STATE_SHARES[config.get("bits")]
     sizes = [
-        size * STATE_SHARE if category == "optimizer" and size > 4 * 4096 else size
+        size * share if category == "optimizer" and size > 4 * 4096 else size
         for size, category in zip(storages.fixed_bytes, storages.category, strict=True)
     ]
     return replace(trace, storages=replace(storages, fixed_bytes=sizes))
@@ -204,7 +212,8 @@ def _in_eight_bits(trace: Trace, config: Mapping[str, Any]) -> Trace:
 REWRITES: Mapping[str, Callable[[Trace, Mapping[str, Any]], Trace]] = {
     "chunked_loss": in_chunks,
     "optimizer_in_backward": _in_backward,
-    "optimizer_state": _in_eight_bits,
+    "optimizer_state": _with_small_state,
+    "factored_state": _with_small_state,
 }
 CONFIGS: Mapping[str, dict[str, Any]] = {"optimizer_in_backward": {}, "optimizer_state": {"bits": 8}}
 _AGAIN = (*REWRITES, "activation_checkpointing", "layered_accumulation")

@@ -11,10 +11,11 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from delest import errors, methods
 from delest.planning.account import account_for
-from delest.planning.candidates import Candidate, Judge, all_candidates, configs_of, keeps_of
+from delest.planning.candidates import SMALLER_STATES, Candidate, Judge, all_candidates, configs_of, keeps_of
 from delest.planning.parts import PARTS
 from delest.planning.request import EXACT, SLACK_BYTES, Request, make_choice
 from delest.records.form import to_json
@@ -42,7 +43,8 @@ def choose(
 ) -> Plan:
     """The fastest plan that fits; `base` are the choices that were made before, as a probe saw them gain.
 
-    Methods that change the results enter only where nothing else fits, and never where `request.exact`.
+    Methods that change the results enter only where nothing else fits, and never where `request.exact`: first 8-bit moments, then each of
+    `SMALLER_STATES`.
     Raises `NothingFits` with the smallest budget that works and what it takes to keep it.
     """
     retrace = _once(retrace)
@@ -51,19 +53,35 @@ def choose(
     refused = _refused(plain, base, judges[request.allocator], refusal or _by_trace(retrace))
     for judge in judges.values():
         judge.refused = refused
-    candidates = [one for judge in judges.values() for one in all_candidates(plain, (*_allocator(judge), *base), judge)]
-    candidates.sort(key=lambda one: one.seconds)
+    candidates = _candidates(plain, base, judges, None)
     kept = [one for one in candidates if keeps_of(one, request) in EXACT]
-    candidates = kept if request.exact else candidates
-    for group in (kept, [one for one in candidates if keeps_of(one, request) not in EXACT]):
+    groups = [
+        kept,
+        [one for one in candidates if keeps_of(one, request) not in EXACT],
+    ]  # in the order in which they are preferred
+    smaller = iter(SMALLER_STATES)
+    if request.exact:
+        candidates, groups, smaller = kept, [kept], iter(())
+    for group in groups:
         if (found := _fastest(group, judges, retrace)) is not None:
             return account_for(found, candidates, base, plain, judges)
+        if group is groups[-1] and (state := next(smaller, None)) is not None:
+            groups.append(_candidates(plain, base, judges, state))
+            candidates = sorted([*candidates, *groups[-1]], key=lambda one: one.seconds)
     least = _closely(min(candidates, key=lambda one: one.grown_bytes), judges, retrace)
     smallest = request.high_bytes(least.grown_bytes) + SLACK_BYTES
     for judge in judges.values():
         judge.request = replace(judge.request, budget_bytes=smallest)
-    best = _fastest(kept, judges, retrace) or _fastest(candidates, judges, retrace) or least
+    best = next((one for group in groups if (one := _fastest(group, judges, retrace)) is not None), least)
     raise _nothing(best, request, account_for(best, candidates, base, plain, judges), smallest)
+
+
+def _candidates(
+    plain: Trace, base: tuple[Choice, ...], judges: Judges, state: Mapping[str, dict[str, Any]] | None
+) -> list[Candidate]:
+    """Combinations under each allocator, fastest first."""
+    found = [one for judge in judges.values() for one in all_candidates(plain, (*_allocator(judge), *base), judge, state)]
+    return sorted(found, key=lambda one: one.seconds)
 
 
 def _allocator(judge: Judge) -> tuple[Choice, ...]:

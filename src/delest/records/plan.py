@@ -42,6 +42,7 @@ class Option:
     step_seconds: float
     fits: bool
     keeps: Keeps
+    bits: int | None = None  # of each of the optimizer's moments, where there is an optimizer_state
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -245,7 +245,9 @@ def option_words(plan: Plan, option: Option) -> str:
     pieces = [f"{parts} parts of {option.micro_batch:,}"] if parts > 1 else ["the whole batch"]
     if option.blocks:
         pieces.append(f"{format_count(option.blocks, 'block')} recomputed")
-    pieces += [name.replace("_", " ") for name in option.methods if name != "activation_checkpointing"]
+    state = f"optimizer state in {option.bits} bits"
+    names = [state if name == "optimizer_state" and option.bits else name.replace("_", " ") for name in option.methods]
+    pieces += [name for name in names if name != "activation checkpointing"]
     return ", ".join(pieces)
 
 

@@ -159,12 +159,12 @@ class Applied:
         own = {id(parameter) for parameter in self.model.parameters()}
         if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
             faults.append("the optimizer has none of the model's parameters: build it from this model's.")
-        if "optimizer_state" in configs:
-            faults += [
-                f"optimizer_state needs a new optimizer, and a {name} is attached to the given one, which it would go on driving: "
-                f"build the {name} on the new one after delest.apply, or plan without optimizer_state (delest plan --exact)."
-                for name in _schedulers(optimizer)
-            ]
+        faults += [
+            f"{method} needs a new optimizer, and a {name} is attached to the given one, which it would go on driving: "
+            f"build the {name} on the new one after delest.apply, or plan without {method} (delest plan --exact)."
+            for method in techniques.new_optimizer(plan)
+            for name in _schedulers(optimizer)
+        ]
         if faults:
             raise errors.BadInput(faults)
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from delest import errors
-from delest.backends.torch.adamw8bit import AdamW8bit
 from delest.backends.torch.lean import spare_the_compiler
 from delest.backends.torch.muon import Muon
+from delest.backends.torch.piecewise import PiecewiseOptimizer
 from delest.job import Recipe
 
 # Learning rate at its highest where the recipe names none. AdamW's and SGD's were chosen on the digits and the tables
@@ -135,7 +135,7 @@ def _construct(
 
 def allocate(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter its zero state now: a first step that runs out of memory would leave half of it behind."""
-    if isinstance(optimizer, AdamW8bit):
+    if isinstance(optimizer, PiecewiseOptimizer):
         optimizer.allocate()
         return
     names = _STATE.get(type(optimizer))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from delest import errors
-from delest.backends.torch.adamw8bit import AdamW8bit
 from delest.backends.torch.lean import bare_step
+from delest.backends.torch.piecewise import PiecewiseOptimizer
 from delest.methods.optimizer_in_backward import ELEMENTWISE
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def apply(training: Training, config: dict[str, Any]) -> None:
     """Raises `BadInput` for an optimizer that is not known to update element by element."""
     for optimizer in training.optimizers:
         kind = type(optimizer)
-        known = kind.__module__.startswith("torch.optim") or kind is AdamW8bit
+        known = kind.__module__.startswith("torch.optim") or isinstance(optimizer, PiecewiseOptimizer)
         if not known or kind.__name__.lower() not in ELEMENTWISE:
             raise errors.BadInput(
                 f"optimizer_in_backward: {kind.__name__} is not known to update each element from its own gradient alone. "
