@@ -6,7 +6,7 @@ Budgets go from what the plain step is expected to need down to the smallest tha
 is interrupted after its first checkpoint and resumed, evaluated and saved. When a process has loaded everything and its job's data, and
 has its plan, its limit is set from outside: RLIMIT_DATA of VmData + budget - VmRSS - 16 MiB, which the guard derives anew after each
 failure, as address space that a failed step leaves behind is no memory. What counts is the high-water mark of its resident set, which
-is read at the end.
+is read at the end. Seconds are in the rows too, and are no claim here: benchmarks/planning_time.py has that.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ JOBS = ("mlp", "cnn", "resnet18", "mobile", "dense", "modern", "vit", "encoder",
 SHARES = (1.0, 0.6, 0.3, 0.0)  # of the way from the smallest budget to the plain step's
 TOUCHED_LATER_BYTES = 16 << 20  # by libraries
 ROOM = 1.02  # of the smallest budget: another process starts a few MiB higher
-BOUND_PLANNING_SECONDS = 30.0
 LIMIT_SECONDS = 600.0
 
 
@@ -147,14 +146,12 @@ def _interrupt(process: subprocess.Popen[str], folder: Path) -> None:
 
 def bounds_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     runs = [run for row in rows for run in row["runs"]]
-    planning = [one["planning_seconds"] for one in (*rows, *runs) if "planning_seconds" in one]
     return [
         results_file.bound_at_most("trainings that did not end well", sum(run["ended"] != "done" for run in runs), 0),
         results_file.bound_at_most(
             "trainings over their budget", sum(run["peak_bytes"] > run["budget_bytes"] for run in runs), 0
         ),
         results_file.bound_at_least("trainings", len(runs), len(JOBS) * len(SHARES)),
-        results_file.bound_at_most("seconds to plan, longest", max(planning), BOUND_PLANNING_SECONDS),
     ]
 
 
