@@ -11,7 +11,12 @@ from delest.records.form import from_json
 from delest.records.plan import Plan
 
 EXAMPLE = "delest plan examples/digits.py --memory 400MiB"
-BUDGET: options.Group = {name: options.TRAINING[name] for name in ("memory", "exact", "device", "threads")}
+BUDGET: options.Group = {
+    **{name: options.TRAINING[name] for name in ("memory", "exact", "device", "threads")},
+    "probe": options.option(
+        bool, "--probe", "make real steps with the few best, and take the fastest that keeps the budget", undo=False
+    ),
+}
 ELSEWHERE: options.Group = {
     "devices": options.option(
         str, "--devices", "compare devices of the catalogue, as t4,l4,a100,h100, that need not be here", "NAMES"

@@ -114,6 +114,21 @@ def examine_allocator(
     return sample
 
 
+def examine_plan(job: Job, *, plan: dict[str, Any], preprocessing: dict[str, Any], index: list[int]) -> dict[str, Any]:
+    """What a step on the rows `index`, one batch, takes with a plan's methods, in a process that was started as they ask: a sample as
+    `examine` has them."""
+    followed = from_json(Plan, plan)
+    torch.set_num_threads(followed.threads or torch.get_num_threads())
+    source = open_job(job)
+    batch = next(Feed(source, np.array(index), from_json(Preprocessing, preprocessing), batch_size=len(index)).ordered())
+    check(job, source.schema, _first(batch, 2), _first(batch, 32))  # what it loads is not the step's
+    if followed.config("allocator") == {"name": "mmap"}:
+        malloc.fix_threshold()
+    _release()
+    idle = {"idle_bytes": machine.resident_bytes()}
+    return _probe(job, followed, source.schema, batch, idle, Busyness(torch.get_num_threads()))
+
+
 def _threshold_cost(session: TorchSession, batch: Batch) -> float:
     """How many times as long a step takes with a fixed mmap threshold as with one that has moved up."""
     ratios: list[float] = []

@@ -29,7 +29,8 @@ def account_for(
     batch = request.job.batch_size
     without = Candidate(base, batch, judge.held_bytes(plain, batch), judge.seconds(plain, batch))
     choices = _explained(found, without, plain, judges)
-    considered = tuple(_option(one, request) for one in _distinct([found, *candidates])[: SHOWN + 1])
+    fitting_first = sorted(candidates, key=lambda one: one.grown_bytes > request.most_grown_bytes)
+    considered = tuple(_option(one, request) for one in _distinct([found, *fitting_first])[: SHOWN + 1])
     return Plan(
         choices=choices,
         batch_size=batch,
@@ -126,6 +127,7 @@ def _option(candidate: Candidate, request: Request) -> Option:
         fits=candidate.grown_bytes <= request.most_grown_bytes,
         keeps=max((*(choice.keeps for choice in candidate.choices), keeps_of(candidate, request)), key=KEEPS.index),
         bits=_bits(candidate),
+        choices=candidate.choices,
     )
 
 

@@ -43,6 +43,9 @@ class Option:
     fits: bool
     keeps: Keeps
     bits: int | None = None  # of each of the optimizer's moments, where there is an optimizer_state
+    choices: tuple[Choice, ...] = ()  # without micro_batch
+    measured_bytes: int | None = None  # at the peak, where real steps were made with it
+    measured_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class Plan:
     plain: Footprint | None = None  # the same job with no method
     rejected: tuple[Rejection, ...] = ()
     frontier: tuple[Option, ...] = ()  # from the least memory to the shortest step; empty where nothing had to be compared
-    considered: tuple[Option, ...] = ()  # the fastest, the chosen one first
+    considered: tuple[Option, ...] = ()  # the chosen one, the fastest others that fit, the fastest that do not
     threads: int | None = None
     device: str = "cpu"
     code: str = ""  # the equivalent plain PyTorch

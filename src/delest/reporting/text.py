@@ -106,6 +106,7 @@ def plan_text(plan: Plan) -> str:
         ("note", "\n".join(textwrap.fill(note, 118, initial_indent="  ", subsequent_indent="  ") for note in plan.notes)),
         ("methods", choices and table(choices, ("method", "saves", "costs a step", "results", "why"), right=(1, 2))),
         ("turned down", plan.rejected and table([(item.method, item.why) for item in plan.rejected])),
+        ("real steps", _real_steps(plan)),
         ("runners-up", table(_options(plan, plan.considered[1:]), _OPTION_HEADER, right=(0, 1)) if plan.considered[1:] else ""),
         (
             "least memory to shortest step",
@@ -114,6 +115,22 @@ def plan_text(plan: Plan) -> str:
         ("", words.more_memory_words(plan)),
         ("as plain PyTorch", textwrap.indent(plan.code.rstrip(), "  ")),
     )
+
+
+def _real_steps(plan: Plan) -> str:
+    """What was measured of the plan and the fastest others, beside what was expected."""
+    rows = [
+        (
+            format_bytes(one.measured_bytes),
+            format_bytes(one.peak_bytes),
+            format_seconds(one.measured_seconds),
+            format_seconds(one.step_seconds),
+            words.option_words(plan, one),
+        )
+        for one in plan.considered
+        if one.measured_bytes is not None and one.measured_seconds is not None
+    ]
+    return table(rows, ("peak", "expected", "a step", "expected", "how"), right=(0, 1, 2, 3)) if rows else ""
 
 
 def explained_text(plan: Plan, method: str, about: str) -> str:

@@ -33,6 +33,7 @@ def plan(
     device: str | None = ...,
     threads: int | None = ...,
     exact: bool = ...,
+    probe: bool = ...,
     say: Progress | None = ...,
 ) -> Plan: ...
 @overload
@@ -56,11 +57,13 @@ def plan(
     device: str | None = None,
     threads: int | None = None,
     exact: bool = False,
+    probe: bool = False,
     say: Progress | None = None,
 ) -> Plan | DeviceComparison:
     """Check a job and choose the fastest way to train it within `memory` (bytes, "2GiB", "80%"; None: what is free).
 
-    `exact` leaves out what changes the results by more than rounding. With `devices`, names of the catalogue ("t4,l4,a100" or a sequence),
+    `exact` leaves out what changes the results by more than rounding. With `probe` real steps are made with the plan and the fastest others
+    that fit, in a process each, and the fastest of those that kept the budget is taken. With `devices`, names of the catalogue ("t4,l4,a100" or a sequence),
     the answer is a `DeviceComparison` instead: for each device, which need not be here, the plan by which the job fits, its time and, by
     `prices` of an hour, its cost; `memory` is then of each device, and `time` what the whole run may take ("10h", seconds).
 
@@ -70,17 +73,18 @@ def plan(
 
     say = say or Progress()
     if devices is not None:
-        if device is not None or threads is not None:
-            raise errors.BadInput("--device and --threads are of this machine: leave them out where devices are compared.")
+        if device is not None or threads is not None or probe:
+            raise errors.BadInput(
+                "--device, --threads and --probe are of this machine: leave them out where devices are compared."
+            )
         from delest.verbs.devices import compare, offers_of
 
         offers, seconds = offers_of(devices, prices, memory), None if time is None else units.read_seconds(time)
         return compare(open_workplace(jobs.load(job), say), offers, seconds=seconds, exact=exact, say=say)
     if time is not None or prices:
         raise errors.BadInput("--time and --price are for comparing devices: name some with --devices, as in t4,l4,a100-80.")
-    return plan_workplace(
-        open_workplace(jobs.load(job), say), memory=memory, device=device, threads=threads, say=say, exact=exact
-    )
+    place = open_workplace(jobs.load(job), say)
+    return plan_workplace(place, memory=memory, device=device, threads=threads, say=say, exact=exact, probe_few=probe)
 
 
 def explain(method: str) -> str:
@@ -99,8 +103,9 @@ def plan_workplace(
     say: Progress,
     exact: bool = False,
     startable: bool = True,
+    probe_few: bool = False,
 ) -> Plan:
-    """The plan for an opened job: checked and probed in a child process, then chosen.
+    """The plan for an opened job: checked and probed in a child process, then chosen; with `probe_few` of the few best by real steps.
 
     Unless `startable`, nothing that must act before a process starts.
     Raises `BadInput` for a job that does not work and a budget above the machine's, `NothingFits`.
@@ -139,6 +144,10 @@ def plan_workplace(
     request = Request(job=place.job, **asked)
     mallocs = malloc.others() if startable else ("mmap",)
     chosen = search.choose(request) or _chosen_on_traces(place, request, asked, key, mallocs, say)
+    if probe_few:
+        from delest.verbs.probing import by_real_steps
+
+        chosen = by_real_steps(place, chosen, request, say)
     place.seconds["planning"] = time.monotonic() - started
     return replace(chosen, made_for=kept_plans.made_for(place, here), model=probe["model"])
 
