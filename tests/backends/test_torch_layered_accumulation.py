@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -499,3 +501,22 @@ def test_a_trace_of_it_has_the_same_peak_as_the_allocator() -> None:
         peaks[parts] = found.peak_bytes - lasting
         assert peaks[parts] == pytest.approx(allocated_peak(chosen), rel=0.1)
     assert peaks[8] < 0.75 * peaks[2]
+
+
+def test_a_step_loads_no_algebra_of_shapes():
+    """torch.autograd.backward does where gradients are given: 34 MiB under the budget, in the first backward pass."""
+    code = (
+        "import sys, torch\n"
+        "from torch import nn\n"
+        "import delest\n"
+        "from delest.records.plan import Choice, Plan\n"
+        "blocks = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)))\n"
+        "chosen = Choice(method='layered_accumulation', config={'modules': ['0', '1'], 'parts': 2}, keeps='rounding', why='')\n"
+        "plan = Plan(batch_size=4, micro_batch=4, choices=(chosen,))\n"
+        "applied = delest.apply(plan, blocks, torch.optim.SGD(blocks.parameters(), lr=0.1), nn.functional.mse_loss)\n"
+        "before = blocks[0][0].weight.detach().clone()\n"
+        "applied.step((torch.randn(4, 4), torch.randn(4, 4)))\n"
+        "assert not torch.equal(before, blocks[0][0].weight)\n"
+        "print('sympy' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

@@ -124,9 +124,10 @@ def _differentiated(run: _Run, inputs: list[Tensor], gradients: Sequence[Tensor 
             made, _ = call.run(part, rows.stop - rows.start)
         pairs = [(one, its[rows]) for one, its in zip(made, gradients, strict=True) if its is not None and one.requires_grad]
         del made
-        with torch.enable_grad():
-            number = _Given.apply([its for _, its in pairs], *(one for one, _ in pairs))
-        number.backward()
+        if pairs:
+            with torch.enable_grad():
+                number = _Given.apply([its for _, its in pairs], *(one for one, _ in pairs))
+            number.backward()
         for whole, one in zip(found, part, strict=True):
             if whole is not None and one.grad is not None:
                 whole[rows] = one.grad
