@@ -202,11 +202,10 @@ ROWS = {
 }
 
 
-def find_bounds(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    if not rows.keys() >= ROWS.keys():
-        return []
+def bounds_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     bounds = []
-    for name, row in rows.items():
+    for row in rows:
+        name = row["row"]
         if name.endswith("limit"):
             bounds += [
                 results_file.bound_at_least(f"{name}: runs that die alone", row["died_alone"], row["repeats"]),
@@ -222,32 +221,29 @@ def find_bounds(rows: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     return bounds
 
 
-def describe(row: dict[str, Any]) -> str:
+def show(row: dict[str, Any]) -> None:
     if "ratio" not in row:
-        return (
+        words = (
             f"{row['row']:26} {row['limit_bytes'] / 2**20:6.0f} MiB of data: alone {row['died_alone']} of {row['repeats']} die, with "
             f"the callback {row['finished']} finish, after {row['least_splits']} splits or more; last loss {100 * row['loss_away']:.3f} % away"
         )
-    alone = statistics.median(row["alone_seconds"])
-    return (
-        f"{row['row']:26} {1000 * alone:7.2f} ms a step alone, ratio {row['ratio']:.3f} ({row['lower_quartile']:.3f} to "
-        f"{row['upper_quartile']:.3f}), of processor time {row['cpu_ratio']:.3f}, losses {'the same' if row['same_losses'] else 'DIFFER'} over {row['losses']} steps"
-    )
+    else:
+        alone = statistics.median(row["alone_seconds"])
+        words = (
+            f"{row['row']:26} {1000 * alone:7.2f} ms a step alone, ratio {row['ratio']:.3f} ({row['lower_quartile']:.3f} to "
+            f"{row['upper_quartile']:.3f}), of processor time {row['cpu_ratio']:.3f}, losses {'the same' if row['same_losses'] else 'DIFFER'} over {row['losses']} steps"
+        )
+    print(words, flush=True)
+
+
+def measure(name: str) -> dict[str, Any]:
+    work, *given = ROWS[name]
+    return work(*given)  # type: ignore[operator]
 
 
 def main() -> None:
     options = results_file.read_options(__doc__.splitlines()[0], list(ROWS))
-    begun = time.monotonic()
-    rows = {row["row"]: row for row in results_file.kept_rows("hooks")}
-    for name in options.only:
-        if name not in rows and time.monotonic() - begun < 60 * options.minutes:
-            work, *given = ROWS[name]
-            rows[name] = work(*given)  # type: ignore[operator]
-            print(describe(rows[name]), flush=True)
-            path = results_file.write_results("hooks", list(rows.values()), find_bounds(rows))
-            print(f"written to {path}")
-    for bound in find_bounds(rows):
-        print(f"{bound['name']}: {bound['value']:.4g}, bound {bound['bound']:g}: {'kept' if bound['ok'] else 'NOT KEPT'}")
+    results_file.fill_table("hooks", list(ROWS), options, measure, bounds_of, show)
 
 
 if __name__ == "__main__":

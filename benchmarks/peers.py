@@ -286,18 +286,7 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     options = results_file.read_options(__doc__.splitlines()[0], list(BATCH))
-    rows = {row["row"]: row for row in results_file.kept_rows("peers")}
-    started = time.monotonic()
-    for name in options.only:
-        if name not in rows and time.monotonic() - started < 60 * options.minutes:
-            rows[name] = measure(name)
-            results_file.write_results("peers", [rows[one] for one in BATCH if one in rows], [])
-            show(rows[name])
-    complete = [rows[name] for name in BATCH if name in rows]
-    bounds = bounds_of(complete) if len(complete) == len(BATCH) else []
-    for bound in bounds:
-        print(f"{bound['name']}: {bound['value']:.4g}, bound {bound['bound']:g}: {'kept' if bound['ok'] else 'NOT KEPT'}")
-    print(f"written to {results_file.write_results('peers', complete, bounds)}")
+    results_file.fill_table("peers", list(BATCH), options, measure, bounds_of, show)
 
 
 if __name__ == "__main__":

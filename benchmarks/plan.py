@@ -157,18 +157,8 @@ def bounds_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     options = results_file.read_options(__doc__.splitlines()[0], JOBS)
-    rows = {row["row"]: row for row in results_file.kept_rows("plan")}
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.only:
-            if name not in rows and time.monotonic() - started < 60 * options.minutes:
-                rows[name] = measure(name, Path(folder))
-                results_file.write_results("plan", [rows[one] for one in JOBS if one in rows], [])
-    complete = [rows[name] for name in JOBS if name in rows]
-    bounds = bounds_of(complete) if len(complete) == len(JOBS) else []
-    for bound in bounds:
-        print(f"{bound['name']}: {bound['value']:.4g}, bound {bound['bound']:g}: {'kept' if bound['ok'] else 'NOT KEPT'}")
-    print(f"written to {results_file.write_results('plan', complete, bounds)}")
+        results_file.fill_table("plan", JOBS, options, lambda name: measure(name, Path(folder)), bounds_of)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -106,24 +105,17 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     names = [case.name for case in cases()]
     options = results_file.read_options(__doc__.splitlines()[0], names)
-    rows = {row["row"]: row for row in results_file.kept_rows("planning_time")}
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         warm = Path(folder, "warm")
-        if set(options.only) - set(rows):
-            run_child(ABOUT_MACHINE, [TINY_BYTES], warm)
-            for path in (warm / "probes").glob("job-*"):
-                path.unlink()
-        for name in options.only:
-            if name not in rows and time.monotonic() - started < 60 * options.minutes:
-                rows[name] = measure(name, warm)
-                results_file.write_results("planning_time", [rows[one] for one in names if one in rows], [])
-                show(rows[name])
-    complete = [rows[name] for name in names if name in rows]
-    bounds = bounds_of(complete) if len(complete) == len(names) else []
-    for bound in bounds:
-        print(f"{bound['name']}: {bound['value']:.4g}, bound {bound['bound']:g}: {'kept' if bound['ok'] else 'NOT KEPT'}")
-    print(f"written to {results_file.write_results('planning_time', complete, bounds)}")
+
+        def measured(name: str) -> dict[str, Any]:
+            if not warm.exists():
+                run_child(ABOUT_MACHINE, [TINY_BYTES], warm)
+                for path in (warm / "probes").glob("job-*"):
+                    path.unlink()
+            return measure(name, warm)
+
+        results_file.fill_table("planning_time", names, options, measured, bounds_of, show)
 
 
 if __name__ == "__main__":

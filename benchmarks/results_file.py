@@ -11,7 +11,8 @@ import argparse
 import datetime
 import json
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,28 @@ def write_results(name: str, rows: Sequence[dict[str, Any]], bounds: Sequence[di
     }
     storage.write_atomic(path, json.dumps(content, indent=2) + "\n")
     return path
+
+
+def fill_table(
+    name: str,
+    order: Sequence[str],
+    options: argparse.Namespace,
+    measure: Callable[[str], dict[str, Any]],
+    bounds_of: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    show: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> None:
+    """Measure and show the rows of `order` that were asked for and are not kept, write each when it is done, and tell the bounds once all are there."""
+    rows, started = {row["row"]: row for row in kept_rows(name)}, time.monotonic()
+    for one in options.only:
+        if one not in rows and time.monotonic() - started < 60 * options.minutes:
+            rows[one] = measure(one)
+            write_results(name, [rows[other] for other in order if other in rows], [])
+            show(rows[one])
+    complete = [rows[one] for one in order if one in rows]
+    bounds = bounds_of(complete) if len(complete) == len(order) else []
+    for bound in bounds:
+        print(f"{bound['name']}: {bound['value']:.4g}, bound {bound['bound']:g}: {'kept' if bound['ok'] else 'NOT KEPT'}")
+    print(f"written to {write_results(name, complete, bounds)}")
 
 
 def bound_at_most(name: str, value: float, bound: float) -> dict[str, Any]:

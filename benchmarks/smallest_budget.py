@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -132,19 +131,11 @@ def main() -> None:
     options = results_file.read_options(
         __doc__.splitlines()[0], list(CLASSES), plans="folder that keeps plans, so that they are made once"
     )
-    rows = {row["row"]: row for row in results_file.kept_rows("smallest_budget")}
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.only:
-            if name not in rows and time.monotonic() - started < 60 * options.minutes:
-                rows[name] = measure(name, Path(folder), Path(options.plans or folder))
-                results_file.write_results("smallest_budget", [rows[one] for one in CLASSES if one in rows], [])
-                show(rows[name])
-    complete = [rows[name] for name in CLASSES if name in rows]
-    bounds = bounds_of(complete) if len(complete) == len(CLASSES) else []
-    for bound in bounds:
-        print(f"{bound['name']}: {bound['value']:.4g}, bound {bound['bound']:g}: {'kept' if bound['ok'] else 'NOT KEPT'}")
-    print(f"written to {results_file.write_results('smallest_budget', complete, bounds)}")
+        plans = Path(options.plans or folder)
+        results_file.fill_table(
+            "smallest_budget", list(CLASSES), options, lambda name: measure(name, Path(folder), plans), bounds_of, show
+        )
 
 
 if __name__ == "__main__":

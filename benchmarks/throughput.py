@@ -224,19 +224,8 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     options = results_file.read_options(__doc__.splitlines()[0], JOBS)
-    rows = {row["row"]: row for row in results_file.kept_rows("throughput")}
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.only:
-            if name not in rows and time.monotonic() - started < 60 * options.minutes:
-                rows[name] = measure(name, Path(folder))
-                results_file.write_results("throughput", [rows[one] for one in JOBS if one in rows], [])
-                show(rows[name])
-    complete = [rows[name] for name in JOBS if name in rows]
-    bounds = bounds_of(complete) if len(complete) == len(JOBS) else []
-    for bound in bounds:
-        print(f"{bound['name']}: {bound['value']:.4g}, bound {bound['bound']:g}: {'kept' if bound['ok'] else 'NOT KEPT'}")
-    print(f"written to {results_file.write_results('throughput', complete, bounds)}")
+        results_file.fill_table("throughput", JOBS, options, lambda name: measure(name, Path(folder)), bounds_of, show)
 
 
 if __name__ == "__main__":

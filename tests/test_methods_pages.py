@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmark_files import load
 from delest import methods
 
 ROOT = Path(__file__).parents[1]
@@ -23,11 +22,7 @@ STAND_INS: dict[Any, list[Any]] = {int: [2], str: ["block"], list: [["block"]]} 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        return importlib.import_module("methods_on_digits")
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    return load("methods_on_digits")
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,20 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmark_files import load
 from delest.hardware import probes
 from delest.job import Job, Recipe
 from delest.records.batch import Batch
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-def load(name: str) -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
 
 throughput, child, jobs = load("throughput"), load("throughput_child"), load("throughput_jobs")
 planning_time, planning_jobs = load("planning_time"), load("planning_jobs")

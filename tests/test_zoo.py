@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-def load(name: str) -> ModuleType:
-    """A module of the benchmarks, which import one another as scripts in one folder do."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
+from benchmark_files import load
 
 zoo, footprint = load("zoo"), load("footprint")
 CASES = zoo.load_cases()

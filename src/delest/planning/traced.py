@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,27 +53,32 @@ def choose(
     refused = _refused(plain, base, judges[request.allocator], refusal or _by_trace(retrace))
     for judge in judges.values():
         judge.refused = refused
-    candidates = _candidates(plain, base, judges, None)
-    kept = [one for one in candidates if keeps_of(one, request) in EXACT]
-    groups = [
-        kept,
-        [one for one in candidates if keeps_of(one, request) not in EXACT],
-    ]  # in the order in which they are preferred
-    smaller = iter(SMALLER_STATES)
-    if request.exact:
-        candidates, groups, smaller = kept, [kept], iter(())
-    for group in groups:
+    groups: list[list[Candidate]] = []
+    candidates: list[Candidate] = []
+    for group, candidates in _groups(plain, base, judges):
+        groups.append(group)
         if (found := _fastest(group, judges, retrace)) is not None:
             return account_for(found, candidates, base, plain, judges)
-        if group is groups[-1] and (state := next(smaller, None)) is not None:
-            groups.append(_candidates(plain, base, judges, state))
-            candidates = sorted([*candidates, *groups[-1]], key=lambda one: one.seconds)
     least = _closely(min(candidates, key=lambda one: one.grown_bytes), judges, retrace)
     smallest = request.high_bytes(least.grown_bytes) + SLACK_BYTES
     for judge in judges.values():
         judge.request = replace(judge.request, budget_bytes=smallest)
     best = next((one for group in groups if (one := _fastest(group, judges, retrace)) is not None), least)
     raise _nothing(best, request, account_for(best, candidates, base, plain, judges), smallest)
+
+
+def _groups(plain: Trace, base: tuple[Choice, ...], judges: Judges) -> Iterator[tuple[list[Candidate], list[Candidate]]]:
+    """Candidates in groups, the preferred first, each with all that are compared by then; smaller states are enumerated when they are asked for."""
+    request, candidates = _request(judges), _candidates(plain, base, judges, None)
+    kept = [one for one in candidates if keeps_of(one, request) in EXACT]
+    yield kept, kept if request.exact else candidates
+    if request.exact:
+        return
+    yield [one for one in candidates if keeps_of(one, request) not in EXACT], candidates
+    for state in SMALLER_STATES:
+        group = _candidates(plain, base, judges, state)
+        candidates = sorted([*candidates, *group], key=lambda one: one.seconds)
+        yield group, candidates
 
 
 def _candidates(
