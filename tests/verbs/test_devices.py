@@ -189,7 +189,7 @@ def test_the_command_gives_the_record_as_json_and_a_verdict_first(tmp_path, caps
         (["--devices", "t4", "--price", "l4=1"], "the price of l4 belongs to none"),
         (["--devices", "t4", "--time", "soon"], "soon"),
         (["--devices", "t4", "--memory", "lots"], "lots"),
-        (["--devices", "t4", "--threads", "2"], "--device and --threads are of this machine"),
+        (["--devices", "t4", "--threads", "2"], "--device, --threads and --probe are of this machine"),
         (["--devices", "t4", "--explain", "precision"], "--explain is of a plan for this machine"),
         (["--price", "t4=1"], "--time and --price are for comparing devices"),
         (["--time", "1h"], "--time and --price are for comparing devices"),
