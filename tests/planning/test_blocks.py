@@ -40,6 +40,22 @@ def stages() -> nn.Module:
     return nn.Sequential(nn.Sequential(Layer(), Layer()), nn.Sequential(Layer(), nn.ReLU()), nn.Linear(32, 4))
 
 
+class Levels(nn.ModuleList):
+    """A list under a name of its own."""
+
+
+class Decoder(nn.Module):
+    """A list of plain layers, as the upward half of a U-Net has them, and a list of one block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = Levels([nn.Linear(32, 64), nn.Linear(64, 32)])
+        self.merge = nn.ModuleList([Layer()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.merge[0](self.up[1](torch.relu(self.up[0](x))))
+
+
 def plain() -> nn.Module:
     return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 4))
 
@@ -56,7 +72,7 @@ def blocks_of(model: object, rows: int = 16) -> list[Block]:
 
 @pytest.mark.parametrize(
     ("model", "names"),
-    [(Encoder, ["layers.0", "layers.1", "layers.2"]), (stages, ["0.0", "0.1", "1"]), (plain, [])],
+    [(Encoder, ["layers.0", "layers.1", "layers.2"]), (stages, ["0.0", "0.1", "1"]), (plain, []), (Decoder, ["merge.0"])],
 )
 def test_blocks_are_the_modules_below_which_nothing_repeats(model, names):
     assert [block.name for block in blocks_of(model)] == names

@@ -13,7 +13,8 @@ from delest.footprint.composition import Lives
 from delest.footprint.time import STEADY
 from delest.records.trace import Trace
 
-_CONTAINERS = ("Sequential", "ModuleList", "ModuleDict")
+_BARE = ("ModuleList", "ModuleDict")  # which have no forward of their own that could be done again
+_CONTAINERS = ("Sequential", *_BARE)
 _UNIT = float(1 << 20)  # the program is solved in MiB: figures near 1 keep it well scaled
 _SOLVER_SECONDS = 5.0
 
@@ -87,7 +88,7 @@ def _names(trace: Trace) -> list[str]:
 
 def _below(name: str, trace: Trace, children: dict[str, list[str]]) -> Iterable[str]:
     composite = [child for child in children[name] if children[child]]
-    if name and not _repeats(name, trace, children):
+    if name and trace.modules[name] not in _BARE and not _repeats(name, trace, children):
         yield name
         return
     for child in composite:

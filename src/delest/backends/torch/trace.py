@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from torch import nn
+
 from delest import errors
 from delest.backends.torch import kernels
 from delest.backends.torch.building import all_fake, fake_when_registered, without_packing
@@ -195,8 +197,16 @@ def _merge(small: Recorder, large: Recorder, sizes: tuple[int, int], loop: Loop,
         state_bytes=sum(
             large.bytes[i] for i, kind in enumerate(large.category) if kind in ("parameters", "buffers", "optimizer")
         ),
-        modules={name: type(module).__name__ for name, module in loop.model.named_modules()},
+        modules={name: _kind(module) for name, module in loop.model.named_modules()},
         notes=tuple(notes),
+    )
+
+
+def _kind(module: nn.Module) -> str:
+    """Its class; that of torch where it is a list or dictionary of modules under a name of its own, which has no forward either."""
+    bare = type(module).forward is nn.Module.forward
+    return next(
+        (kind.__name__ for kind in (nn.ModuleList, nn.ModuleDict) if bare and isinstance(module, kind)), type(module).__name__
     )
 
 
