@@ -204,3 +204,27 @@ def test_a_call_goes_on_while_its_caller_does_something_else(job):
     with processes.begin("children:add", None, environment=ENVIRONMENT, left=1, right=2) as running:
         assert is_running(running.process.pid)
         assert running.answer(60)["sum"] == 3
+
+
+def test_a_prepared_process_loads_and_waits_for_its_arguments(job):
+    with processes.prepare("children:describe", job, imports=["fractions"], environment=ENVIRONMENT) as running:
+        time.sleep(0.3)
+        assert is_running(running.process.pid)
+        running.give({"words": ["ü"]})
+        answer = running.answer()
+    assert answer["pid"] == running.process.pid
+    assert answer["arguments"] == {"words": ["ü"]}
+
+
+def test_a_prepared_process_that_is_not_asked_ends_with_its_caller(job):
+    with processes.prepare("children:describe", job, environment=ENVIRONMENT) as running:
+        pass
+    assert not is_running(running.process.pid)
+
+
+def test_a_prepared_process_that_is_gone_says_so_when_it_is_asked(job):
+    with processes.prepare("children:describe", job, imports=["no_such_module"], environment=ENVIRONMENT) as running:
+        running.process.wait(30)
+        running.give({})
+        with pytest.raises(errors.ProbeFailed, match="no_such_module"):
+            running.answer()

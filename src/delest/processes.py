@@ -1,6 +1,6 @@
 """A named function, most often for a job, run in a fresh process: a probe that fails leaves nothing behind.
 
-The child gets its request as JSON on standard input and answers with one JSON object in a file; what it prints goes to
+The child gets two lines of JSON on standard input, what to load and the arguments, and answers with one JSON object in a file; what it prints goes to
 another, of which the end is shown where it gives no answer. The whole process tree ends when the time is up or the caller
 goes on.
 """
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,42 +47,66 @@ def begin(
     function: str, job: jobs.Job | None, *, environment: dict[str, str] | None = None, **arguments: Any
 ) -> Iterator[Running]:
     """`call` that goes on while the caller does something else; it is ended, answered or not, where the context is left."""
+    with prepare(function, job, environment=environment) as running:
+        running.give(arguments)
+        yield running
+
+
+@contextlib.contextmanager
+def prepare(
+    function: str, job: jobs.Job | None, *, imports: Sequence[str] = (), environment: dict[str, str] | None = None
+) -> Iterator[Running]:
+    """A process that loads `function`'s module and `imports`, rebuilds the job, and waits to be given the arguments."""
     with tempfile.TemporaryDirectory(prefix="delest-") as folder:
-        request, answer, printed = (Path(folder, name) for name in ("request.json", "answer.json", "printed.txt"))
+        answer, printed = Path(folder, "answer.json"), Path(folder, "printed.txt")
         asked = {
             "function": function,
+            "imports": list(imports),
             "job": None if job is None else job.describe(),
-            "arguments": arguments,
             "answer": str(answer),
             "parent": os.getpid(),
         }
-        request.write_text(json.dumps(asked))
-        # Files, not pipes: a pipe stays open, and is waited for, while anything that the child started holds it.
-        with open(request) as given, open(printed, "w") as said:
+        # A file for what it prints, not a pipe: that stays open, and is waited for, while anything that the child started holds it.
+        with open(printed, "w") as said:
             process = subprocess.Popen(
                 [sys.executable, "-m", "delest.processes"],
-                stdin=given,
+                stdin=subprocess.PIPE,
                 stdout=said,
                 stderr=said,
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,
             )
+        running = Running(function, process, answer, printed)
         try:
-            yield Running(function, process, answer, printed)
+            running.send(asked)
+            yield running
         finally:
             end_tree(process)
 
 
 @dataclass(frozen=True)
 class Running:
-    """A function at work in a fresh process."""
+    """A function at work in a fresh process, or about to be."""
 
     function: str
     process: subprocess.Popen[bytes]
     path: Path
     printed: Path
 
-    def answer(self, timeout: float) -> Any:
+    def give(self, arguments: dict[str, Any]) -> None:
+        """The arguments, once, for which it waits; a process that is gone by then says so in `answer`."""
+        self.send(arguments)
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+    def send(self, message: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def answer(self, timeout: float = 600.0) -> Any:
         """Wait for its JSON answer; raises as `call` does."""
         try:
             self.process.wait(timeout)
@@ -138,16 +162,21 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _main() -> None:
-    request = json.loads(sys.stdin.read())
+    request = json.loads(sys.stdin.readline())
     _end_with_parent(request["parent"])
     try:
+        function = _function(request["function"])
+        for module in request["imports"]:
+            importlib.import_module(module)
         given = () if request["job"] is None else (jobs.rebuild(request["job"]),)
-        reply = {"value": _function(request["function"])(*given, **request["arguments"])}
+        reply = {"value": function(*given, **json.loads(sys.stdin.readline()))}
     except errors.DelestError as error:
         reply = {"error": type(error).__name__, "fields": error.fields()}
     temporary = Path(request["answer"] + ".tmp")
     temporary.write_text(json.dumps(reply))
     temporary.rename(request["answer"])
+    sys.stdout.flush()
+    os._exit(0)  # there is nothing left to do, and taking a large process apart can last a second
 
 
 if __name__ == "__main__":

@@ -56,6 +56,18 @@ def test_scratch_is_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> N
     assert scratches.scratch([text, broken]) == found
 
 
+def test_a_process_that_was_loading_meanwhile_is_used_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, other = (call(torch.ops.aten.logsumexp.default, torch.ones(2, columns), [1]) for columns in (2, 3))
+    with scratches.soon() as soon:
+        calls: list[str] = []
+        of = scratches.processes.call
+        monkeypatch.setattr(scratches.processes, "call", lambda *a, **k: (calls.append(a[0]), of(*a, **k)))
+        assert list(soon([text])) == [text]
+        assert calls == []
+        assert list(soon([other])) == [other]
+        assert calls == [scratches.KERNELS]
+
+
 def test_a_call_that_kills_its_process_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     good = call(torch.ops.aten.logsumexp.default, torch.ones(2, 2), [1])
     bad = json.dumps(["aten.mkldnn_rnn_layer_backward.default", [], {}])

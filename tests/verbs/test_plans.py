@@ -52,14 +52,19 @@ def job(tmp_path, monkeypatch) -> Path:
 def probed(job, monkeypatch) -> list[str]:
     """Functions that were called in child processes; the machine is quiet."""
     TorchBackend().warm()  # what this process holds does not grow between two plans
-    called, call = [], processes.call
+    called, call, compare = [], processes.call, planning._compared_on_traces
 
     def counted(function, *arguments, **named):
         called.append(function.rpartition(":")[2])
         found = call(function, *arguments, **named)
         return {**found, "busy": ""} if function.endswith(":examine") else found
 
+    def compared(place, asked, mallocs, say):
+        called.append("choose_on_traces")
+        return compare(place, asked, mallocs, say)
+
     monkeypatch.setattr(processes, "call", counted)
+    monkeypatch.setattr(planning, "_compared_on_traces", compared)
     return called
 
 
@@ -199,16 +204,13 @@ def test_a_plan_for_a_gpu_that_is_not_here_is_bad_input(job, capsys):
 )
 def test_a_process_that_has_grown_a_little_since_it_planned_gets_the_same_plan(job, probed, grown, again, monkeypatch):
     """Reading the first plan takes some MiB."""
-    traced, call = [], processes.call
+    traced = []
 
-    def without_traces(function, *arguments, **named):
-        if function.endswith(":choose_on_traces"):
-            traced.append(named["request"]["idle_bytes"])
-            raise errors.NothingFits("nothing fits", 300 << 20, None)
-        return call(function, *arguments, **named)
+    def without_traces(place, asked, mallocs, say):
+        traced.append(asked["idle_bytes"])
+        raise errors.NothingFits("nothing fits", 300 << 20, None)
 
-    monkeypatch.setattr(processes, "call", without_traces)
-    monkeypatch.setattr(planning, "_probe_allocators", lambda *arguments: {})
+    monkeypatch.setattr(planning, "_compared_on_traces", without_traces)
     for idle in (200 << 20, (200 << 20) + grown):
         monkeypatch.setattr(planning, "_idle_bytes", lambda place, probe, idle=idle: idle)
         with pytest.raises(errors.NothingFits):

@@ -30,7 +30,7 @@ from delest.records.plan import Choice, Plan
 from delest.records.source import Schema
 
 STEPS = 3  # per probed size: the first allocates, the others are timed
-LONG_STEP_SECONDS = 1.0  # of which one is timed: it repeats itself better than planning has time for
+LONG_STEP_SECONDS = 0.4  # of which one is timed: it repeats itself better than planning has time for
 ROUNDS, LEAST_ROUNDS = 4, 2  # per compared variant
 PAIRED_SECONDS = 2.0  # after which no more pairs are timed
 LONGEST_FOR_ONE_THREAD = 0.04  # seconds a step: in a longer one operators are large enough to be divided
@@ -86,6 +86,7 @@ def examine(
     result["busy"] = busy.words() if device == "cpu" else ""
     few = _first(whole, min(len(index), 64))
     result["variants"] = _variants(job, plain, source.schema, few)
+    _release()
     largest = result["samples"][-1]
     short = largest["seconds"] * min(1.0, few.count / largest["rows"]) < threads * LONGEST_FOR_ONE_THREAD
     if fewer_threads and threads > 1 and device == "cpu" and short:
@@ -191,17 +192,14 @@ def _variants(job: Job, plain: Plan, schema: Schema, batch: Batch) -> dict[str, 
         candidates["memory_format"] = {"format": "channels_last"}
     if job.recipe.precision == "auto" and plain.device == "cpu" and _worth_trying_bf16():
         candidates["precision"] = {"dtype": "bf16"}
-    found: dict[str, dict[str, float]] = {}
+    if not candidates:
+        return {}
+    sessions = {"plain": TorchSession(job, plain, schema)}
     for method, config in candidates.items():
         choice = Choice(method=method, config=config, keeps="changed", why="")
-        sessions = {
-            "plain": TorchSession(job, plain, schema),
-            "with": TorchSession(job, replace(plain, choices=(choice,)), schema),
-        }
-        found[method] = _by_turns(sessions, batch)
-        del sessions
-        _release()
-    return found
+        sessions[method] = TorchSession(job, replace(plain, choices=(choice,)), schema)
+    seconds = _by_turns(sessions, batch)
+    return {method: {"plain": seconds["plain"], "with": seconds[method]} for method in candidates}
 
 
 def _by_turns(sessions: Mapping[str, TorchSession], batch: Batch) -> dict[str, float]:

@@ -6,8 +6,9 @@ Kept in the user's cache by machine, instruction sets, torch version and threads
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,27 @@ LARGEST_BYTES, LARGEST_LAYER_BYTES = 64 << 20, 512 << 20
 _LAYERS = ("convolution", "rnn")
 
 
-def scratch(signatures: Iterable[str]) -> dict[str, dict[str, Any]]:
+KERNELS = "delest.backends.torch.kernels:probe"
+
+
+@contextlib.contextmanager
+def soon() -> Iterator[Callable[[Iterable[str]], dict[str, dict[str, Any]]]]:
+    """`scratch` for a caller that has work of its own before: the process in which calls are run first loads torch meanwhile."""
+    with processes.prepare(KERNELS, None, environment=MAPPED) as running:
+        yield functools.partial(scratch, loading=[running])
+
+
+def scratch(signatures: Iterable[str], loading: list[processes.Running] | None = None) -> dict[str, dict[str, Any]]:
     """What each call takes: `scratch` bytes beyond its outputs, bytes of each of its `outputs`.
 
-    Calls that are too large or cannot be run alone are left out.
+    Calls that are too large or cannot be run alone are left out. The process in `loading` is taken out of it and used first.
     """
     wanted = [text for text in dict.fromkeys(signatures) if text]
     key = probes.machine_key(torch.get_num_threads())
     known = _kept(key)
     missing = [text for text in wanted if text not in known and _is_small(text)]
     if missing:
-        known = {**_kept(key), **_run_apart(missing)}
+        known = {**_kept(key), **_run_apart(missing, loading or [])}
         probes.keep("kernels", key, known)
     return {text: known[text] for text in wanted if known.get(text)}
 
@@ -48,7 +59,7 @@ def _kept(key: list[Any]) -> dict[str, Any]:
     return kept if isinstance(kept, dict) else {}
 
 
-def _run_apart(signatures: list[str]) -> dict[str, Any]:
+def _run_apart(signatures: list[str], loading: list[processes.Running]) -> dict[str, Any]:
     """Run calls in child processes. One that kills its process has no figure; the next child goes on behind it."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="delest-") as folder:
@@ -57,7 +68,12 @@ def _run_apart(signatures: list[str]) -> dict[str, Any]:
             left = [text for text in signatures if text not in found]
             with contextlib.suppress(errors.ProbeFailed):
                 asked: dict[str, Any] = {"signatures": left, "threads": torch.get_num_threads(), "path": str(path)}
-                processes.call("delest.backends.torch.kernels:probe", None, environment=MAPPED, **asked)
+                if loading:
+                    running = loading.pop()
+                    running.give(asked)
+                    running.answer()
+                else:
+                    processes.call(KERNELS, None, environment=MAPPED, **asked)
             found.update({row["call"]: row["took"] for row in storage.read_lines(path)})
             if len(found) < len(signatures):
                 found[next(text for text in signatures if text not in found)] = None

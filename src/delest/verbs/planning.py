@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from delest.training.progress import Progress
 
 BUSY_KEPT_SECONDS = 900.0  # what was probed on a busy machine: who asks again at once gets the same answer
+_TRACING = ("torch._dynamo", "delest.backends.torch.trace", "delest.planning.traced")  # what tracing loads: seconds
 STARTS_HIGHER_BYTES = 8 << 20  # a process than another that does the same: within the margin of every plan
 
 
@@ -187,22 +189,32 @@ def _chosen_on_traces(
     ]
     found = next((plan for one in keys if (plan := kept_plans.kept("job-plan", one)) is not None), None)
     if found is None:
-        asked = {**asked, "allocators": _probe_allocators(place, asked["probe"], asked["threads"], say, mallocs)}
-        say.stage("plan: the plain step does not fit; comparing combinations of methods on traces of it")
         try:
-            found = processes.call(
-                "delest.verbs.planning:choose_on_traces",
-                place.job,
-                preprocessing=preprocessing_json(place),
-                index=[int(row) for row in place.splits["train"][:2]],
-                request=asked,
-            )
+            found = _compared_on_traces(place, asked, mallocs, say)
         except errors.NothingFits as error:
             found = {"nothing_fits": error.fields()}
         kept_plans.keep("job-plan", keys[0], found)
     if "nothing_fits" in found:
         raise errors.NothingFits.rebuilt(found["nothing_fits"])
     return from_json(Plan, found)
+
+
+def _compared_on_traces(place: Workplace, asked: dict[str, Any], mallocs: Sequence[str], say: Progress) -> Any:
+    """The answer of `choose_on_traces`, whose process gets ready while mallocs are probed."""
+    isolated = place.job.origin is not None
+    ready = processes.prepare("delest.verbs.planning:choose_on_traces", place.job, imports=_TRACING) if isolated else None
+    with ready or contextlib.nullcontext() as running:
+        asked = {**asked, "allocators": _probe_allocators(place, asked["probe"], asked["threads"], say, mallocs)}
+        say.stage("plan: the plain step does not fit; comparing combinations of methods on traces of it")
+        arguments: dict[str, Any] = {
+            "preprocessing": preprocessing_json(place),
+            "index": [int(row) for row in place.splits["train"][:2]],
+            "request": asked,
+        }
+        if running is None:
+            return choose_on_traces(place.job, **arguments)
+        running.give(arguments)
+        return running.answer()
 
 
 def _idle_bytes(place: Workplace, probe: dict[str, Any]) -> int:
@@ -266,7 +278,7 @@ def choose_on_traces(job: Any, *, preprocessing: dict[str, Any], index: list[int
     from delest.backends.torch.session import TorchSession
     from delest.backends.torch.trace import NeedsProbe, trace_loop
     from delest.data import Feed, Preprocessing, open_job
-    from delest.footprint.scratch import scratch
+    from delest.footprint import scratch
     from delest.hardware.roofline import measure_roofline
     from delest.planning import probed, search
     from delest.planning.request import Request
@@ -276,10 +288,6 @@ def choose_on_traces(job: Any, *, preprocessing: dict[str, Any], index: list[int
     torch.set_num_threads(request["threads"])
     source = open_job(job)
     example = next(Feed(source, np.array(index), from_json(Preprocessing, preprocessing), batch_size=len(index)).ordered())
-
-    def retrace(choices: tuple[Choice, ...]) -> Trace:
-        plan = Plan(batch_size=job.batch_size, micro_batch=job.batch_size, choices=choices, threads=request["threads"])
-        return trace_loop(lambda mode: JobLoop(job, plan, source.schema, example), job.batch_size, scratch=scratch)
 
     def refusal(choices: tuple[Choice, ...]) -> str | None:
         plan = Plan(batch_size=job.batch_size, micro_batch=job.batch_size, choices=choices, threads=request["threads"])
@@ -294,12 +302,18 @@ def choose_on_traces(job: Any, *, preprocessing: dict[str, Any], index: list[int
             torch.set_num_threads(request["threads"])
         return None
 
-    wanted = Request(job=job, **request)
-    try:
-        found = search.choose(wanted, lambda: (retrace, measure_roofline(request["threads"]), refusal))
-    except NeedsProbe:
-        faster, rejected = probed.faster(wanted)
-        found = probed.choose(search.threaded(wanted, faster), faster, rejected)
+    wanted, roofline = Request(job=job, **request), measure_roofline(request["threads"])
+    with scratch.soon() as takes:
+
+        def retrace(choices: tuple[Choice, ...]) -> Trace:
+            plan = Plan(batch_size=job.batch_size, micro_batch=job.batch_size, choices=choices, threads=request["threads"])
+            return trace_loop(lambda mode: JobLoop(job, plan, source.schema, example), job.batch_size, scratch=takes)
+
+        try:
+            found = search.choose(wanted, lambda: (retrace, roofline, refusal))
+        except NeedsProbe:
+            faster, rejected = probed.faster(wanted)
+            found = probed.choose(search.threaded(wanted, faster), faster, rejected)
     return to_json(found)
 
 
