@@ -12,7 +12,7 @@ _BYTES = {
     **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)},
     **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)},
 }
-_SECONDS = {"": 1.0, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z%]*)\s*")
 
 
@@ -33,7 +33,7 @@ def read_size(text: str | int, whole_bytes: int) -> int:
 
 
 def read_seconds(text: str | float) -> float:
-    """Seconds of `90s`, `30min`, `2h` or `1h 30min`; a number without a unit is seconds.
+    """Seconds of `5ms`, `90s`, `30min`, `2h` or `1h 30min`; a number without a unit is seconds.
 
     Raises `BadInput` where it is none of these or not above zero.
     """

@@ -63,6 +63,14 @@ class Flat(nn.Module):
         return self.second(torch.relu(self.first(x)).mean(1))
 
 
+class Dropping(Network):
+    """Reads values while it is built, as networks with stochastic depth do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = [rate.item() for rate in torch.linspace(0, 0.5, LAYERS)]
+
+
 MADE: dict[str, object] = {}  # traces of all tests, by model, recipe and choices
 
 
@@ -333,3 +341,9 @@ def test_a_malloc_that_was_not_probed_is_said_not_to_be():
     assert "no other than glibc was probed" in next(one.why for one in plan.rejected if one.method == "allocator")
     plan, _ = choose(request(174, allocators={"mmap": {**MAPPED, "seconds": 50.0}}))
     assert "a step against" in next(one.why for one in plan.rejected if one.method == "allocator")
+
+
+def test_a_jobs_factory_may_read_values_of_its_own():
+    traces = [tracer(Job(model=model, data="unused", batch_size=BATCH))(()) for model in (Network, Dropping)]
+    assert "made fake when a module took it" in traces[1].how
+    assert len(traces[0].operators.module) == len(traces[1].operators.module)

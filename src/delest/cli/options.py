@@ -102,6 +102,11 @@ TRAINING: Group = {
 MAX_DROP: Group = {
     "max_drop": option(str, "--max-drop", "largest loss: of accuracy in points, as 0.5%; of an error as a share of it", "LOSS")
 }
+SMALLER: Group = {
+    "latency": option(str, "--latency", "what one row may take, as 5ms", "TIME"),
+    "size": option(str, "--size", "what the file may take, as 2MB", "SIZE"),
+    "time": option(str, "--time", "for narrower networks, as 10min; 0: none [as long as the training took]", "TIME"),
+}
 THREADS: Group = {"threads": TRAINING["threads"]}
 JSON = option(bool, "--json", "print one JSON object on standard output, all else on standard error", undo=False)
 JobArgument = Annotated[

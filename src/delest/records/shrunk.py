@@ -23,7 +23,7 @@ class Bound:
 class Candidate:
     """One form of the model, measured."""
 
-    name: str  # "torch", "fp32", "int8"
+    name: str  # "torch", "fp32", "int8"; of narrower networks "pruned-1", "pruned-1-int8", "fresh", "fresh-int8"
     runtime: str  # "PyTorch eager", "ONNX Runtime"
     file_bytes: int | None  # of model.onnx; None for torch, whose weights are weights_bytes
     weights_bytes: int  # of the parameters and buffers
@@ -34,6 +34,18 @@ class Candidate:
     parity: float | None = None  # largest absolute difference of outputs from the trained model on real rows
     kept: bool = True
     why: str = ""
+    parameters: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What became of a narrower network."""
+
+    name: str
+    accepted: bool  # its accuracy is within the bound
+    why: str
+    parameters: int
+    seconds: float  # that it took: cutting, learning, judging
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,3 +60,6 @@ class Shrunk:
     test: dict[str, float] = field(default_factory=dict)  # of what ships
     seconds: dict[str, float] = field(default_factory=dict)
     threads: int = 1
+    fast: str = ""  # the candidate that answers soonest, of those that may ship
+    small: str = ""  # the smallest of them
+    stages: tuple[Stage, ...] = ()

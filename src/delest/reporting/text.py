@@ -213,7 +213,10 @@ def shrunk_text(shrunk: Shrunk) -> str:
     ]
     reasons = [(candidate.name, candidate.why) for candidate in shrunk.candidates if candidate.why]
     rows_used = next((candidate.bound.rows for candidate in shrunk.candidates if candidate.bound), None)
+    reasons += [(stage.name, f"taken back: {stage.why}") for stage in shrunk.stages if not stage.accepted]
     facts = [
+        ("fastest", shrunk.fast if shrunk.fast != shrunk.shipped else ""),
+        ("smallest", shrunk.small if shrunk.small != shrunk.shipped else ""),
         ("test", words.scores_words(shrunk.test)),
         ("threads", str(shrunk.threads)),
         ("proof", f"95 % paired bound on {rows_used:,} selection rows" if rows_used else ""),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from delest.shrinking.confidence import rows_needed
+from delest.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from delest.records.shrunk import Candidate
+    from delest.records.shrunk import Bound, Candidate
 
 _LEAST_GAIN = 0.05  # of file size or latency
 
 
 def judge(candidate: Candidate, plain: Candidate, max_drop: float) -> tuple[bool, str]:
     """Whether `candidate` ships instead of `plain`, and the reason in words."""
-    loss = _loss(candidate, max_drop)
+    loss = loses(candidate.bound, max_drop)
     if loss is not None:
         return False, loss
     gains = _gains(candidate, plain)
@@ -26,9 +30,8 @@ def judge(candidate: Candidate, plain: Candidate, max_drop: float) -> tuple[bool
     return True, "; ".join(gains + _costs(candidate, plain))
 
 
-def _loss(candidate: Candidate, max_drop: float) -> str | None:
+def loses(bound: Bound | None, max_drop: float) -> str | None:
     """Why the accuracy is not proven to be kept, None where it is."""
-    bound = candidate.bound
     if bound is None:
         return "nothing says how accurate it is: that takes selection rows and a metric of the model's outputs"
     needed = rows_needed(bound, max_drop)
@@ -65,3 +68,58 @@ def _costs(candidate: Candidate, plain: Candidate) -> list[str]:
 def _apart(faster: Candidate, slower: Candidate, size: int) -> bool:
     """Whether three quarters of one's calls took less time than three quarters of the other's."""
     return faster.latency_spread[size][1] < slower.latency_spread[size][0]
+
+
+def slowness(candidate: Candidate) -> float:
+    """Seconds of an answer, the geometric mean over the measured batch sizes."""
+    seconds = candidate.latency_seconds.values()
+    return math.exp(sum(math.log(max(1e-9, value)) for value in seconds) / len(seconds)) if seconds else math.inf
+
+
+def best_of(
+    candidates: Sequence[Candidate], plain: Candidate, wish: Wish
+) -> tuple[Candidate, Candidate, Candidate, str | None]:
+    """What ships, the fastest and the smallest of `candidates` (all may ship, `plain` is one), and what of the wish is not met (None: all is).
+
+    What ships has the smallest product of size and seconds, both against the plain form, among those that meet the wish.
+    """
+
+    def product(one: Candidate) -> float:
+        return _bytes(one) / _bytes(plain) * slowness(one) / slowness(plain)
+
+    fast, small = min(candidates, key=slowness), min(candidates, key=_bytes)
+    meeting = [one for one in candidates if wish.excess(one) <= 1]
+    if meeting:
+        return min(meeting, key=product), fast, small, None
+    nearest = min(candidates, key=wish.excess)
+    return nearest, fast, small, wish.words(nearest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What an artefact should be at most."""
+
+    latency_seconds: float | None = None  # of one row
+    size_bytes: int | None = None
+
+    def excess(self, candidate: Candidate) -> float:
+        """How many times too slow or too large it is, whichever is more; at most 1 where it meets the wish."""
+        found = [0.0]
+        if self.latency_seconds is not None:
+            found.append(candidate.latency_seconds[min(candidate.latency_seconds)] / self.latency_seconds)
+        if self.size_bytes is not None:
+            found.append(_bytes(candidate) / self.size_bytes)
+        return max(found)
+
+    def words(self, nearest: Candidate) -> str:
+        wished = [] if self.latency_seconds is None else [f"answers in {format_seconds(self.latency_seconds)}"]
+        wished += [] if self.size_bytes is None else [f"takes {format_bytes(self.size_bytes)}"]
+        seconds = nearest.latency_seconds[min(nearest.latency_seconds)]
+        return (
+            f"no form within the accuracy bound {' and '.join(wished)}: the nearest is {nearest.name}, which takes {format_bytes(_bytes(nearest))} and "
+            f"{format_seconds(seconds)} for one row. It is kept as what ships. Give more time with --time, a larger --max-drop, or another target."
+        )
+
+
+def _bytes(candidate: Candidate) -> int:
+    return candidate.file_bytes or candidate.weights_bytes

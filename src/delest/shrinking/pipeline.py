@@ -21,9 +21,10 @@ from delest.bundle.model import Model, load
 from delest.bundle.timing import time_alternating
 from delest.bundle.write import replace_folder, write_bundle
 from delest.data import Feed
-from delest.records.shrunk import Candidate, Shrunk
-from delest.shrinking.acceptance import judge
+from delest.records.shrunk import Candidate, Shrunk, Stage
+from delest.shrinking.acceptance import Wish, best_of, judge
 from delest.shrinking.confidence import bound_drop
+from delest.shrinking.networks import TRAINED, Network
 from delest.shrinking.parity import LIMIT, largest_difference
 from delest.shrinking.quantize import quantize
 from delest.training.evaluate import evaluate
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from delest.backends import Backend
     from delest.data import Preprocessing
     from delest.metrics import Metric
+    from delest.shrinking.ladder import Ladder
+    from delest.training.evaluate import Evaluation
 
 _CALIBRATION_ROWS = 512
 _CALIBRATION_BATCH = 64
@@ -101,16 +104,19 @@ def shrink_run(
     reduce_range: bool,
     say: Callable[[str], None] = lambda _: None,
     batch_sizes: Sequence[int] = (1, 32),
+    ladder: Callable[[Network, Feed, float], Ladder] | None = None,
+    wish: Wish | None = None,
 ) -> Shrunk:
     """Write `bundle/` (fp32, with `weights`) and `shrunk/` (what ships, with `architecture.json` and `shrink.json`) in a run folder.
 
-    `feeds` by role: train calibrates int8, selection decides, test is read once for what ships. int8 ships where the
+    `feeds` by role: train calibrates int8, selection decides, test is read once for what ships. A form ships where the
     one-sided 95 % bound on its drop of `metric` is at most `max_drop` (in the metric's unit; a share of the score for errors) and it is smaller or faster as measured
-    here. Both folders appear when everything is done; a crash leaves those that were there. The session is left as it was.
+    here. `ladder`, given the trained network, the rows that judge and the drop that is allowed, makes narrower networks, of which each also
+    has both forms. Both folders appear when everything is done; a crash leaves those that were there. The session is left as it was.
     `threads` are ONNX Runtime's; the session computes with as many as it was set to.
 
     Raises `CheckFailed` where the exported model does not answer like the trained one, `BadInput` where it cannot be
-    exported, `DiskFull`.
+    exported, `DiskFull`, `AccuracyNotMet` where nothing within the bound meets the wish: what comes nearest ships then.
     """
     temporary = folder / f".shrink.{os.getpid()}.tmp"
     for leftover in folder.glob(".shrink.*.tmp"):  # of a process that was killed
@@ -129,64 +135,93 @@ def shrink_run(
         say=say,
     )
     try:
-        models = {"fp32": _export(work, backend, weights)}
-        layers, fault = _quantize(work, models)
-        candidates = _measure(work, models, fault, batch_sizes)
-        shrunk = _ship(work, candidates, layers, folder / "shrunk")
+        trained = Network(name=TRAINED, session=session, parameters=sum(array.size for array in session.weights().values()))
+        forms = {"fp32": _export(work, backend, trained, weights)}
+        forms |= _quantize(work, trained)
+        with work.stage("evaluating", f"judging on {len(work.judging):,} rows"):
+            reference = evaluate(session, work.judging, metric)
+        if not metric.higher_is_better:
+            work.allowed = max_drop * abs(reference.score)
+        climbed = ladder(trained, work.judging, work.allowed) if ladder is not None else None
+        for network in climbed.climb() if climbed is not None else ():
+            forms[network.form("fp32")] = _export(work, backend, network, None)
+            forms |= _quantize(work, network)
+        candidates = _measure(work, forms, reference, batch_sizes)
+        shrunk, missed = _ship(
+            work, forms, candidates, wish or Wish(), folder / "shrunk", tuple(climbed.stages) if climbed is not None else ()
+        )
         replace_folder(temporary / "fp32", folder / "bundle")
         replace_folder(temporary / "shrunk", folder / "shrunk")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    if missed is not None:
+        raise errors.AccuracyNotMet(missed)
     return shrunk
 
 
-def _export(work: _Work, backend: Backend, weights: Mapping[str, NDArray] | None) -> Model:
-    """The fp32 bundle, checked against the trained model on real rows."""
-    with work.stage("exporting", "exporting the trained model to ONNX"):
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """A network as it could ship."""
+
+    network: Network
+    model: Model | None = None
+    layers: tuple[str, ...] = ()  # in int8
+    fault: str = ""  # why there is no model
+
+
+def _export(work: _Work, backend: Backend, network: Network, weights: Mapping[str, NDArray] | None) -> _Form:
+    """The fp32 bundle, checked against the network on real rows."""
+    name = network.form("fp32")
+    with work.stage("exporting", f"exporting the {network.name} network to ONNX"):
         inputs = next(iter(work.judging.ordered())).inputs
-        backend.export(work.session, _take(inputs, 2), work.network("fp32"))
-        model = work.bundle("fp32", "fp32", weights)
-    with work.stage("checking", "checking that the exported model answers like the trained one"):
-        difference = largest_difference(work.session, model, work.judging)
+        backend.export(network.session, _take(inputs, 2), work.network(name))
+        model = work.bundle(name, name, weights)
+    with work.stage("checking", "checking that the exported model answers like the network"):
+        difference = largest_difference(network.session, model, work.judging)
     if not difference <= LIMIT:
         raise errors.CheckFailed(
             f"the exported model does not answer like the trained one: they differ by up to {difference:.3g}, {LIMIT:g} is allowed. "
             "No bundle was written; the trained model is kept. A model that draws random numbers in evaluation, or keeps state "
             "between calls, is the usual cause."
         )
-    return model
+    return _Form(network=network, model=model)
 
 
-def _quantize(work: _Work, models: dict[str, Model]) -> tuple[list[str], str]:
-    """Add the int8 bundle to `models`; its layers in int8, or none and the reason why there is no such form."""
+def _quantize(work: _Work, network: Network) -> dict[str, _Form]:
+    """The int8 form by name, or why there is none."""
+    name = network.form("int8")
+
+    def missing(why: str) -> dict[str, _Form]:
+        return {name: _Form(network=network, fault=why)}
+
     train = work.feeds["train"]
     chosen = train.index[np.linspace(0, len(train) - 1, min(_CALIBRATION_ROWS, len(train))).astype(np.int64)]
     batches = Feed(train.source, chosen, work.preprocessing, batch_size=_CALIBRATION_BATCH).ordered()
-    with work.stage("quantising", f"quantising to int8, calibrated on {len(chosen):,} training rows"):
+    with work.stage("quantising", f"quantising {network.name} to int8, calibrated on {len(chosen):,} training rows"):
         try:
             layers = quantize(
-                work.network("fp32"),
+                work.network(network.form("fp32")),
                 (_by_name(batch.inputs) for batch in batches),
-                work.network("int8"),
+                work.network(name),
                 reduce_range=work.reduce_range,
             )
             if not layers:
-                return [], "it has no convolution or matrix product whose weights could be int8"
-            models["int8"] = work.bundle("int8", "int8")
+                return missing("it has no convolution or matrix product whose weights could be int8")
+            return {name: _Form(network=network, model=work.bundle(name, name), layers=tuple(layers))}
         except errors.DelestError:
             raise
         except Exception as error:  # of the quantiser, of any kind: the fp32 form is there and ships
-            return (
-                [],
-                f"ONNX Runtime cannot quantise this network ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})",
+            return missing(
+                f"ONNX Runtime cannot quantise this network ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
             )
-    return layers, ""
 
 
-def _measure(work: _Work, models: Mapping[str, Model], fault: str, batch_sizes: Sequence[int]) -> dict[str, Candidate]:
-    """Each form with its accuracy, size, latency and, for int8, the verdict."""
+def _measure(
+    work: _Work, forms: Mapping[str, _Form], reference: Evaluation, batch_sizes: Sequence[int]
+) -> dict[str, Candidate]:
+    """Each form with its accuracy, size and latency, and the verdict against the trained network's fp32 form."""
+    models = {name: form.model for name, form in forms.items() if form.model is not None}
     with work.stage("evaluating", f"judging on {len(work.judging):,} rows"):
-        trained = evaluate(work.session, work.judging, work.metric)
         evaluations = {name: evaluate(model, work.judging, work.metric) for name, model in models.items()}
     with work.stage("timing", "measuring the time of an answer"):
         timings = {size: _time(work, models, size) for size in batch_sizes}
@@ -203,56 +238,74 @@ def _measure(work: _Work, models: Mapping[str, Model], fault: str, batch_sizes: 
             runtime="PyTorch eager",
             file_bytes=None,
             weights_bytes=sum(array.nbytes for array in work.session.weights().values()),
-            selection=_finite(trained.metrics(work.metric)),
+            selection=_finite(reference.metrics(work.metric)),
             why="the trained model",
             **latencies("torch"),
         )
     }
-    for name, model in models.items():
-        candidates[name] = Candidate(
+    for name, form in forms.items():
+        if form.model is None:
+            candidates[name] = _missing(name, form.fault)
+            continue
+        measured = Candidate(
             name=name,
             runtime="ONNX Runtime",
-            file_bytes=(model.folder / "model.onnx").stat().st_size,
+            file_bytes=(form.model.folder / "model.onnx").stat().st_size,
             weights_bytes=_weights_bytes(work.network(name)),
             selection=_finite(evaluations[name].metrics(work.metric)),
-            bound=None if work.judging is work.feeds["train"] else bound_drop(work.metric, trained, evaluations[name]),
-            parity=largest_difference(work.session, model, work.judging),
+            bound=None if work.judging is work.feeds["train"] else bound_drop(work.metric, reference, evaluations[name]),
+            parity=largest_difference(form.network.session, form.model, work.judging),
             why="answers like the trained model, without PyTorch",
+            parameters=form.network.parameters,
             **latencies(name),
         )
-    if not work.metric.higher_is_better:
-        work.allowed = work.max_drop * abs(trained.score)
-    if "int8" in candidates:
-        kept, why = judge(candidates["int8"], candidates["fp32"], work.allowed)
-        candidates["int8"] = replace(candidates["int8"], kept=kept, why=why)
-    else:
-        candidates["int8"] = _missing("int8", fault)
+        if name != "fp32":
+            kept, why = judge(measured, candidates["fp32"], work.allowed)
+            measured = replace(measured, kept=kept, why=why)
+        candidates[name] = measured
     return candidates
 
 
-def _ship(work: _Work, candidates: Mapping[str, Candidate], layers: list[str], place: Path) -> Shrunk:
-    """Build what will be moved to `place`, and judge it on the test rows, which decided nothing."""
-    int8 = candidates["int8"]
-    work.say(f"int8 {'ships' if int8.kept else 'is rejected'}: {int8.why}")
-    shipped = "int8" if int8.kept else "fp32"
-    model = work.bundle("shrunk", shipped)
-    with work.stage("evaluating", f"judging what ships ({shipped}) on the test rows"):
+def _ship(
+    work: _Work,
+    forms: Mapping[str, _Form],
+    candidates: Mapping[str, Candidate],
+    wish: Wish,
+    place: Path,
+    stages: tuple[Stage, ...],
+) -> tuple[Shrunk, str | None]:
+    """Build what will be moved to `place`, and judge it on the test rows, which decided nothing; what of the wish is not met."""
+    plain = candidates["fp32"]
+    ships, fast, small, missed = best_of([one for name, one in candidates.items() if one.kept and name != "torch"], plain, wish)
+    for candidate in candidates.values():
+        if candidate.name not in ("torch", "fp32"):
+            verdict = "ships" if candidate is ships else "may ship" if candidate.kept else "is rejected"
+            work.say(f"{candidate.name} {verdict}: {candidate.why}")
+    form = forms[ships.name]
+    weights = None if form.network.architecture is None else form.network.session.weights()
+    model = work.bundle("shrunk", ships.name, weights)
+    with work.stage("evaluating", f"judging what ships ({ships.name}) on the test rows"):
         test = work.feeds.get("test")
         metrics = evaluate(model, test, work.metric).metrics(work.metric) if test is not None and len(test) else {}
     shrunk = Shrunk(
         path=place,
-        shipped=shipped,
+        shipped=ships.name,
         metric=work.metric.name,
         max_drop=work.allowed,
         candidates=tuple(candidates.values()),
         test=_finite(metrics),
         seconds=work.seconds,
         threads=work.threads,
+        fast=fast.name,
+        small=small.name,
+        stages=stages,
     )
-    changed = {"form": shipped, "int8_layers": layers if shipped == "int8" else []}
+    changed = {"form": ships.name, "int8_layers": list(form.layers), **(form.network.architecture or {})}
     storage.write_json(model.folder / "architecture.json", changed)
     storage.write_json(model.folder / "shrink.json", shrunk)
-    return shrunk
+    for name in {fast.name, small.name} - {ships.name}:  # which are other points of the same frontier
+        shutil.copytree(forms[name].model.folder, model.folder / name)  # type: ignore[union-attr]
+    return shrunk, missed
 
 
 def _time(work: _Work, models: Mapping[str, Model], size: int) -> dict[str, tuple[float, float, float]]:

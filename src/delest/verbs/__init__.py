@@ -10,7 +10,7 @@ from delest.verbs.look import doctor, inspect
 from delest.verbs.memory import estimate, measure, measure_script, read_budget, sweep
 from delest.verbs.own_loop import apply
 from delest.verbs.planning import explain, plan
-from delest.verbs.ship import predict, report, shrink
+from delest.verbs.ship import load, predict, report, shrink
 from delest.verbs.starting import environment_for, execute
 from delest.verbs.training import train
 from delest.verbs.verification import verify
@@ -26,6 +26,7 @@ __all__ = [
     "execute",
     "explain",
     "inspect",
+    "load",
     "measure",
     "measure_script",
     "plan",

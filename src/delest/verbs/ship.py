@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delest import errors, runs, storage
+from delest import errors, job as jobs, runs, storage, units
 from delest.records.form import read_json
 from delest.records.run import Run
 from delest.records.shrunk import Shrunk
-from delest.verbs.training import Trained, restore
+from delest.verbs.training import Trained, read_weights, restore
 from delest.verbs.workplace import backend
 
 if TYPE_CHECKING:
+    from delest.shrinking.acceptance import Wish
     from delest.training.progress import Progress
 
 
 def shrink(
-    run: Run | str | Path, *, max_drop: float = 0.005, threads: int | None = None, say: Progress | None = None
+    run: Run | str | Path,
+    *,
+    max_drop: float = 0.005,
+    latency: str | float | None = None,
+    size: str | int | None = None,
+    time: str | float | None = None,
+    threads: int | None = None,
+    say: Progress | None = None,
 ) -> Shrunk:
-    """Export a run's best model and quantise it, keeping int8 only where it pays inside `max_drop`.
+    """Make a run's best model smaller and faster: prune and distil it within `time`, quantise, and ship what pays inside `max_drop`.
 
     `max_drop` is the largest loss of the metric that the one-sided 95 % confidence bound on the selection split may allow: in
-    its own unit (0.005 is half a point of accuracy), or as a share of the score for errors such as rmse. Raises `BadInput` where `run` is not a finished run, `CheckFailed` where the exported
-    model does not answer like the trained one.
+    its own unit (0.005 is half a point of accuracy), or as a share of the score for errors such as rmse. `latency` ("5ms", seconds) is what one row may take, `size` ("2MB", bytes)
+    what the file may. `time` ("10min", seconds; None: as long as the training took) is for narrower networks; with 0 there are none.
+    Begun again in the same run, it goes on where it was interrupted.
+
+    Raises `BadInput` where `run` is not a finished run, `CheckFailed` where the exported
+    model does not answer like the trained one, `AccuracyNotMet` where nothing inside `max_drop` is as fast and small as was wished, `Interrupted`.
     """
+    from delest.shrinking.acceptance import Wish
     from delest.training.progress import for_terminal
 
     say = say or for_terminal()
+    wish = Wish(
+        latency_seconds=None if latency is None else units.read_seconds(latency),
+        size_bytes=None if size is None else units.read_size(size, 1 << 40),
+    )
     folder = runs.find(run)
     if runs.read(folder).status == "diverged":
         raise errors.BadInput(
@@ -39,14 +57,27 @@ def shrink(
         raise errors.BadInput(
             f"{folder} is {runs.read(folder).status}, not done: finish it with `delest train --out {folder} --resume`."
         )
-    shrunk = shrink_trained(restore(folder, say), max_drop=max_drop, threads=threads, say=say)
+    trained = restore(folder, say)
+    seconds = (
+        trained.run.seconds.get("training", 0.0) if time is None else 0.0 if time in (0, "0") else units.read_seconds(time)
+    )
+    try:
+        shrunk = shrink_trained(trained, max_drop=max_drop, threads=threads, say=say, seconds=seconds, wish=wish)
+    except errors.AccuracyNotMet:
+        report(folder)
+        raise
+    except errors.Interrupted as stopped:
+        raise errors.Interrupted(stopped.signal_number, f"delest shrink {shlex.quote(str(folder))}") from None
     report(folder)
     return shrunk
 
 
-def shrink_trained(trained: Trained, *, max_drop: float, threads: int | None, say: Progress) -> Shrunk:
-    """`shrink` for a training that is still in memory."""
+def shrink_trained(
+    trained: Trained, *, max_drop: float, threads: int | None, say: Progress, seconds: float = 0.0, wish: Wish | None = None
+) -> Shrunk:
+    """`shrink` for a training that is still in memory; narrower networks are made for `seconds`."""
     from delest.hardware import machine
+    from delest.shrinking.acceptance import Wish
     from delest.shrinking.pipeline import shrink_run
 
     place, run, here = trained.place, trained.run, machine.describe()
@@ -57,23 +88,61 @@ def shrink_trained(trained: Trained, *, max_drop: float, threads: int | None, sa
     say.stage("shrink: exporting, quantising and measuring on this machine")
     # Without VNNI, int8 products of pairs are added in 16 bits and saturate: weights then get 7 bits (docs/log.md).
     reduce_range = not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(here.instruction_sets)
-    shrunk = shrink_run(
-        folder=run.path,
-        session=trained.session,
-        backend=backend(place.job),
-        feeds={role: place.feed(role) for role in place.splits},
-        preprocessing=place.preprocessing,
-        metric=place.metric,
-        weights=trained.session.weights(),
-        name=run.name,
-        max_drop=max_drop,
-        threads=threads or (run.plan.threads if run.plan and run.plan.threads else here.cores),
-        reduce_range=reduce_range,
-        say=say.note,
-    )
-    updated = replace(runs.read(run.path), seconds={**runs.read(run.path).seconds, "shrinking": sum(shrunk.seconds.values())})
-    storage.write_json(run.path / "run.json", updated)
+    used = threads or (run.plan.threads if run.plan and run.plan.threads else here.cores)
+    try:
+        shrunk = shrink_run(
+            folder=run.path,
+            session=trained.session,
+            backend=backend(place.job),
+            feeds={role: place.feed(role) for role in place.splits},
+            preprocessing=place.preprocessing,
+            metric=place.metric,
+            weights=trained.session.weights(),
+            name=run.name,
+            max_drop=max_drop,
+            threads=used,
+            reduce_range=reduce_range,
+            say=say.note,
+            ladder=_ladder(trained, seconds, used, say) if seconds and len(place.splits["validation"]) else None,
+            wish=wish or Wish(),
+        )
+    finally:
+        if (run.path / "shrunk" / "shrink.json").exists():
+            done = read_json(Shrunk, run.path / "shrunk" / "shrink.json")
+            spent = sum(done.seconds.values()) + sum(stage.seconds for stage in done.stages)
+            storage.write_json(
+                run.path / "run.json", replace(runs.read(run.path), seconds={**runs.read(run.path).seconds, "shrinking": spent})
+            )
     return shrunk
+
+
+def _ladder(trained: Trained, seconds: float, threads: int, say: Progress) -> Any:
+    """What makes the ladder of narrower networks, once the pipeline knows what may be lost."""
+    from delest.shrinking.ladder import Ladder
+
+    place, run = trained.place, trained.run
+    plan = run.plan
+    assert plan is not None
+    epoch = run.seconds.get("training", 0.0) / max(1.0, run.epochs)
+
+    def ladder(network: Any, judging: Any, allowed: float) -> Ladder:
+        return Ladder(
+            folder=run.path / "shrinking",
+            trained=network,
+            backend=backend(place.job),
+            job=place.job,
+            plan=plan,
+            feeds={role: place.feed(role) for role in place.splits},
+            judging=judging,
+            metric=place.metric,
+            allowed=allowed,
+            seconds=seconds,
+            epoch_seconds=epoch,
+            threads=threads,
+            say=say,
+        )
+
+    return ladder
 
 
 def report(run: Run | str | Path) -> Path:
@@ -104,6 +173,45 @@ def predict(bundle: str | Path, inputs: Sequence[str | Path]) -> list[dict[str, 
     return predict_rows(bundles.load(_bundle_folder(Path(bundle))), [Path(item) for item in inputs])
 
 
+def load(path: str | Path, factory: Callable[..., Any] | None = None) -> Any:
+    """The trained network of a run or a bundle as a module in evaluation mode, narrower where it was made so; nothing is unpickled.
+
+    `factory` builds the network as it was before (None: the factory of the run's job). Raises `BadInput` where there are no weights, no
+    factory is known, or it builds another network.
+    """
+    from delest.backends.torch import model as models
+    from delest.backends.torch.pruning.architecture import rebuild
+    from delest.data import Preprocessing
+    from delest.records.form import from_json, read_object
+
+    given = Path(path)
+    folder = next((one for one in (given, given / "shrunk", given / "bundle") if (one / "weights.safetensors").exists()), None)
+    if folder is None:
+        raise errors.BadInput(
+            f"{given} holds no weights.safetensors: give a run that was shrunk, or its bundle/ or shrunk/ folder."
+        )
+    schema = from_json(Preprocessing, read_object(folder / "bundle.json")["preprocessing"]).schema
+    if factory is not None:
+        job = jobs.Job(model=factory, data="")
+    else:
+        run = next((one for one in (given, *given.resolve().parents[:2]) if (one / "job.json").exists()), None)
+        if run is None:
+            raise errors.BadInput(
+                f"{given} belongs to no run: say what builds the network, as in delest.load({str(given)!r}, MyNet)."
+            )
+        job = runs.job_of(run, None)
+    model = models.build(job, schema)
+    architecture = folder / "architecture.json"
+    if architecture.exists() and "tensors" in (changed := read_object(architecture)):
+        model = rebuild(model, changed)
+    import torch
+
+    model.load_state_dict(
+        {name: torch.from_numpy(array.copy()) for name, array in read_weights(folder / "weights.safetensors").items()}
+    )
+    return model.eval()
+
+
 def _bundle_folder(folder: Path) -> Path:
     """The bundle that a folder is or holds; a trained run without one is exported first."""
     if (folder / "bundle.json").exists():
@@ -114,5 +222,5 @@ def _bundle_folder(folder: Path) -> Path:
     if not (folder / "job.json").exists():
         reason = "it does not exist" if not folder.exists() else "it has neither bundle.json nor job.json"
         raise errors.BadInput(f"{folder} holds no bundle and no run: {reason}.")
-    shrink(folder)
+    shrink(folder, time=0)
     return folder / "shrunk"

@@ -13,6 +13,10 @@ from delest.backends.torch.session import TorchSession
 from delest.job import Recipe
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from delest.backends.torch.distillation import StudentSession
+    from delest.backends.torch.pruning.pruner import Pruner
     from delest.job import Job
     from delest.records.plan import Plan
     from delest.records.source import Schema
@@ -37,3 +41,21 @@ class TorchBackend:
         from delest.backends.torch.export import export_network
 
         export_network(session.exportable(), inputs, path)
+
+    def pruner(self, session: TorchSession, job: Job, architecture: Mapping[str, Any] | None, inputs: Any) -> Pruner:
+        """What makes a session's network narrower; see `pruning.pruner`."""
+        from delest.backends.torch.pruning.pruner import Pruner
+
+        return Pruner(session, job, architecture, inputs)
+
+    def narrower(self, job: Job, schema: Schema, architecture: Mapping[str, Any]) -> Job:
+        """The job with a factory of the narrower network."""
+        from delest.backends.torch.pruning.pruner import narrower_job
+
+        return narrower_job(job, schema, architecture)
+
+    def student(self, job: Job, plan: Plan, schema: Schema, teacher: TorchSession, *, rows: int, keep: bool) -> StudentSession:
+        """A session that learns from targets and from a trained session; `rows` and `keep` as `distillation.Teacher` has them."""
+        from delest.backends.torch.distillation import StudentSession, Teacher
+
+        return StudentSession(job, plan, schema, Teacher(teacher, rows=rows, keep=keep))

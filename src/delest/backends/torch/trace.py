@@ -74,13 +74,13 @@ def _record(build: Build, rows: int, real: bool, whole: bool) -> tuple[Recorder,
         try:
             with _quiet(), building(mode):
                 loop = build(mode)
-        except errors.DelestError:
-            raise
         except Exception as error:
-            if not needs_values(error):
-                raise errors.BadInput(f"building the model failed: {where(error)}") from error
-            failed = error
-            continue
+            if needs_values(error):  # also where it is why a job's factory failed
+                failed = error
+                continue
+            if isinstance(error, errors.DelestError):
+                raise
+            raise errors.BadInput(f"building the model failed: {where(error)}") from error
         try:
             with _quiet(), without_packing(), mode:
                 return _run(loop, rows, whole), how, loop

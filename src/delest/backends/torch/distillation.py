@@ -1,0 +1,127 @@
+"""Training with a teacher: a session whose loss is also how far its answers are from those of a trained network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from delest.backends.torch import model as models
+from delest.backends.torch.session import TorchSession
+from delest.job import Job
+from delest.records.batch import Batch
+from delest.records.plan import Plan
+from delest.records.source import Schema
+
+HARD = 0.1  # share of the job's own loss for classes; the rest is the teacher's
+HARD_NUMBERS = 0.5
+TEMPERATURES = {"standardised": 2.0, "plain": 4.0, "decoupled": 4.0}  # those of the papers
+BETA = 8.0  # weight of the other classes in decoupled distillation, as in the paper
+CACHE_BYTES = 512 << 20
+
+
+class Teacher:
+    """The answers of a trained session, kept by row where data are not augmented."""
+
+    def __init__(self, session: TorchSession, *, rows: int, keep: bool):
+        """`rows`: one more than the largest row number; with `keep` each row is answered once, as long as all answers fit 512 MiB."""
+        self.session, self._rows, self._keep = session, rows, keep
+        self._answers: Tensor | None = None
+        self._known = torch.zeros(rows, dtype=torch.bool)
+
+    def answer(self, batch: Batch) -> Tensor | None:
+        """Outputs for a batch of tensors, without gradient; None where they are no single tensor."""
+        index = torch.as_tensor(batch.index)
+        if self._answers is not None and bool(self._known[index].all()):
+            return self._answers[index]
+        with self.session._evaluating():
+            outputs = self.session.forward(batch.inputs)
+        if not isinstance(outputs, Tensor):
+            return None
+        outputs = outputs.float().clone()
+        if self._keep and self._rows * outputs[0].numel() * 4 <= CACHE_BYTES:
+            if self._answers is None:
+                self._answers = torch.empty(self._rows, *outputs.shape[1:])
+            self._answers[index], self._known[index] = outputs, True
+        return outputs
+
+
+class StudentSession(TorchSession):
+    """A session that learns from targets and from a teacher."""
+
+    def __init__(self, job: Job, plan: Plan, schema: Schema, teacher: Teacher, objective: str = "standardised"):
+        """`objective`, for classes: "standardised" (z-scored logits), "plain" or "decoupled"."""
+        super().__init__(job, plan, schema)
+        self.teacher, self.objective = teacher, objective
+
+    def batch_loss(self, batch: Batch) -> Tensor:
+        answer = self.teacher.answer(batch)
+        with self._precision():
+            if self.job.step is not None:
+                outputs = None if self.job.predict is None else self.job.predict(self.model, batch.inputs)
+                own = self.job.step(self.model, batch)
+            else:
+                outputs = models.call(self.model, batch.inputs)
+                own = self.loss.mean(outputs, batch.targets)
+        if answer is None or not isinstance(outputs, Tensor) or not outputs.requires_grad or outputs.shape != answer.shape:
+            return own
+        if self.job.step is None and self.loss.name in ("cross_entropy", "bce"):
+            return HARD * own + (1 - HARD) * of_classes(outputs.float(), answer, torch.as_tensor(batch.targets), self.objective)
+        return HARD_NUMBERS * own + (1 - HARD_NUMBERS) * of_numbers(outputs.float(), answer) * own.detach()
+
+
+def of_classes(outputs: Tensor, answer: Tensor, targets: Tensor, objective: str) -> Tensor:
+    """Distance of class scores, [B, K, ...] both or one score a row."""
+    if outputs.ndim == 1 or outputs.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(outputs, answer.sigmoid())
+    return OBJECTIVES[objective](outputs, answer, targets)
+
+
+def of_numbers(outputs: Tensor, answer: Tensor) -> Tensor:
+    """Mean squared distance in units of the teacher's own variance."""
+    return F.mse_loss(outputs, answer) / answer.var().clamp_min(1e-12)
+
+
+def _divergence(outputs: Tensor, answer: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of softened classes, times the squared temperature so that gradients keep their size (Hinton et al., 2015)."""
+    ours, theirs = (outputs / temperature).log_softmax(1), (answer / temperature).log_softmax(1)
+    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1).mean() * temperature**2
+
+
+def plain(outputs: Tensor, answer: Tensor, targets: Tensor) -> Tensor:
+    """Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015."""
+    return _divergence(outputs, answer, TEMPERATURES["plain"])
+
+
+def standardised(outputs: Tensor, answer: Tensor, targets: Tensor) -> Tensor:
+    """Z-scored logits: a student need not match the range of its teacher's scores, only their relations (Sun et al., "Logit Standardization in
+    Knowledge Distillation", CVPR 2024)."""
+
+    def scaled(logits: Tensor) -> Tensor:
+        return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+
+    return _divergence(scaled(outputs), scaled(answer), TEMPERATURES["standardised"])
+
+
+def decoupled(outputs: Tensor, answer: Tensor, targets: Tensor) -> Tensor:
+    """The target class against all others, and apart from it the others among themselves (Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022)."""
+    temperature = TEMPERATURES["decoupled"]
+    true = F.one_hot(targets, outputs.shape[1]).movedim(-1, 1).bool()
+
+    def binary(logits: Tensor) -> Tensor:
+        share = (logits / temperature).softmax(1)
+        own = (share * true).sum(1)
+        return torch.stack([own, 1 - own], 1).clamp_min(1e-8).log()
+
+    target = F.kl_div(binary(outputs), binary(answer), reduction="none", log_target=True).sum(1).mean() * temperature**2
+    others = _divergence(outputs.masked_fill(true, -1e4), answer.masked_fill(true, -1e4), temperature)
+    return target + BETA * others
+
+
+OBJECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "standardised": standardised,
+    "plain": plain,
+    "decoupled": decoupled,
+}

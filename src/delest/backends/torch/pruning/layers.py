@@ -1,0 +1,155 @@
+"""How layers that torch-pruning does not know, or cuts wrongly, are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch_pruning
+from torch import Tensor, nn
+
+_Cutting: Any = torch_pruning.pruner.function.BasePruningFunc
+
+
+def keep(parameter: Tensor, dim: int, kept: Sequence[int] | Tensor) -> nn.Parameter:
+    """A parameter with these places of a dimension alone."""
+    index = torch.as_tensor(kept, device=parameter.device)
+    return nn.Parameter(parameter.detach().index_select(dim, index).contiguous(), requires_grad=parameter.requires_grad)
+
+
+def _left(count: int, gone: Iterable[int]) -> list[int]:
+    lost = set(gone)
+    return [place for place in range(count) if place not in lost]
+
+
+class Recurrent(_Cutting):
+    """nn.LSTM, nn.GRU and nn.RNN of any depth and both directions: the same units go in every layer and direction.
+
+    Weights have one block of rows a gate (see the pages of these modules in torch's documentation).
+    """
+
+    def get_out_channels(self, layer: Any) -> int:
+        return layer.hidden_size * (2 if layer.bidirectional else 1)
+
+    def get_in_channels(self, layer: Any) -> int:
+        return layer.input_size
+
+    def get_out_channel_groups(self, layer: Any) -> int:
+        return 2 if layer.bidirectional else 1
+
+    def prune_out_channels(self, layer: Any, idxs: list[int]) -> Any:
+        if layer.proj_size:
+            raise ValueError("a recurrent layer with proj_size is kept whole")
+        size, directions = layer.hidden_size, self.get_out_channel_groups(layer)
+        units = _left(size, (index % size for index in idxs))
+        gates = layer.weight_hh_l0.shape[0] // size
+        rows = [gate * size + unit for gate in range(gates) for unit in units]
+        columns = [direction * size + unit for direction in range(directions) for unit in units]
+        for name, parameter in list(layer.named_parameters()):
+            narrower = keep(parameter, 0, rows)
+            if name.startswith("weight_hh"):
+                narrower = keep(narrower, 1, units)
+            elif name.startswith("weight_ih") and not name.startswith("weight_ih_l0"):
+                narrower = keep(narrower, 1, columns)
+            setattr(layer, name, narrower)
+        layer.hidden_size = len(units)
+        layer.flatten_parameters()
+        return layer
+
+    def prune_in_channels(self, layer: Any, idxs: list[int]) -> Any:
+        columns = _left(layer.input_size, idxs)
+        for name in [name for name, _ in layer.named_parameters() if name.startswith("weight_ih_l0")]:
+            setattr(layer, name, keep(getattr(layer, name), 1, columns))
+        layer.input_size = len(columns)
+        layer.flatten_parameters()
+        return layer
+
+
+class TransposedLinear(_Cutting):
+    """`Conv1D` of transformers: a linear layer whose weight is [inputs, outputs]."""
+
+    def get_out_channels(self, layer: Any) -> int:
+        return layer.weight.shape[1]
+
+    def get_in_channels(self, layer: Any) -> int:
+        return layer.weight.shape[0]
+
+    def prune_out_channels(self, layer: Any, idxs: list[int]) -> Any:
+        kept = _left(layer.weight.shape[1], idxs)
+        layer.weight, layer.bias, layer.nf = keep(layer.weight, 1, kept), keep(layer.bias, 0, kept), len(kept)
+        return layer
+
+    def prune_in_channels(self, layer: Any, idxs: list[int]) -> Any:
+        kept = _left(layer.weight.shape[0], idxs)
+        layer.weight, layer.nx = keep(layer.weight, 0, kept), len(kept)
+        return layer
+
+
+class Scale(_Cutting):
+    """RMSNorm and its like: a module with nothing but one weight over the last dimension."""
+
+    def get_out_channels(self, layer: Any) -> int:
+        return layer.weight.shape[0]
+
+    get_in_channels = get_out_channels
+
+    def prune_out_channels(self, layer: Any, idxs: list[int]) -> Any:
+        kept = _left(layer.weight.shape[0], idxs)
+        layer.weight = keep(layer.weight, 0, kept)
+        if isinstance(getattr(layer, "normalized_shape", None), tuple):
+            layer.normalized_shape = (len(kept),)
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", torch.empty(0)).ndim == 2
+
+
+def is_scale(module: nn.Module) -> bool:
+    own = dict(module.named_parameters())
+    known = isinstance(
+        module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
+    )
+    return not known and list(own) == ["weight"] and own["weight"].ndim == 1 and not list(module.children())
+
+
+def special_pruners(model: nn.Module) -> dict[type, Any]:
+    """Pruners by class for the layers of this network that need one of ours."""
+    found: dict[type, Any] = {}
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            found[type(module)] = Recurrent()
+        elif is_transposed_linear(module):
+            found[type(module)] = TransposedLinear()
+        elif is_scale(module):
+            found[type(module)] = Scale()
+    return found
+
+
+def taken_in(module: nn.Module, side: str) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The weights through which a layer takes in channels of the group that is cut at its `side`, by name, each with what lays it out as
+    [G, channels / G, ...]; a recurrent layer takes its own outputs in again."""
+    if isinstance(module, nn.RNNBase):
+        own = [name for name, _ in module.named_parameters() if name.startswith("weight")]
+        if side == "in":
+            return {name: _transposed for name in own if name.startswith("weight_ih_l0")}
+        return {name: _transposed for name in own if not name.startswith("weight_ih_l0")}
+    if side == "out":
+        return {}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        groups = module.groups
+        if module.transposed:
+            return {"weight": lambda weight: weight.unflatten(0, (groups, -1))}
+        return {"weight": lambda weight: weight.unflatten(0, (groups, -1)).transpose(1, 2)}
+    if isinstance(module, nn.Linear):
+        return {"weight": _transposed}
+    if is_transposed_linear(module):
+        return {"weight": lambda weight: weight[None]}
+    return {}
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    return weight.t()[None]

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import networks
+import pytest
+import torch
+from networks import IMAGES, SIGNALS, TOKENS
+from torch import nn
+
+from delest import errors
+from delest.backends.torch.pruning.architecture import describe, rebuild, shapes_of, sizes_of, ties_of
+from delest.backends.torch.pruning.widths import cut, find_widths, score_units
+
+KINDS = {
+    "residual": (networks.Residual, IMAGES, {"first", "inner"}),
+    "grouped": (partial(networks.Residual, groups=4), IMAGES, {"first", "inner"}),
+    "depthwise": (networks.Depthwise, IMAGES, {"widen", "narrow"}),
+    "attention": (networks.Transformer, TOKENS, {"attention", "inner"}),
+    "fused": (partial(networks.Transformer, fused=True), TOKENS, {"attention", "inner"}),
+    "shared keys": (partial(networks.Transformer, shared=2), TOKENS, {"attention", "inner"}),
+    "lstm": (networks.Recurrent, SIGNALS, {"recurrent"}),
+    "gru of both directions": (partial(networks.Recurrent, nn.GRU, both=True), SIGNALS, {"recurrent"}),
+}
+
+
+def build(factory):
+    torch.manual_seed(0)
+    return factory().eval()
+
+
+def runner(shape):
+    given = networks.inputs(shape)
+    return lambda network: network(given)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_can_be_cut_is_found_and_cutting_is_as_silencing(kind):
+    factory, shape, names = KINDS[kind]
+    model, run = build(factory), runner(shape)
+    before = copy.deepcopy(model.state_dict())
+    found = find_widths(model, run)
+    made = {layer for width in found.widths for layer, side in width.sides if side == "out"} | {
+        width.name for width in found.widths
+    }
+    assert names <= made, found.whole
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    outputs = run(model).shape
+    cut(model, run, {width.name: range(width.size // 4) for width in found.widths})
+    assert run(model).shape == outputs
+    run(model).sum().backward()
+    assert sum(parameter.numel() for parameter in model.parameters()) < 0.9 * parameters
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_network_is_built_again_from_its_architecture(kind, tmp_path):
+    import json
+
+    factory, shape, _ = KINDS[kind]
+    model, run = build(factory), runner(shape)
+    sizes, shapes = sizes_of(model), shapes_of(model)
+    cut(model, run, {width.name: [0] for width in find_widths(model, run).widths})
+    architecture = json.loads(json.dumps(describe(model, sizes, shapes)))
+    again = rebuild(factory().eval(), architecture)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(run(again), run(model))
+    assert architecture["tensors"]
+
+
+def test_units_that_no_weight_takes_in_are_worth_nothing_and_the_others_something():
+    model, run = build(networks.Residual), runner(IMAGES)
+    with torch.no_grad():
+        model.outer.weight[:, 3] = 0
+    target = torch.tensor([0, 1])
+    scores = score_units(model, run, [lambda: nn.functional.cross_entropy(run(model), target)] * 2)
+    assert scores["inner"][3] == 0
+    assert scores["inner"].argmin() == 3
+    assert (scores["outer"] > 0).all()
+
+
+def test_a_score_is_the_squared_first_order_change_in_loss():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    score = score_units(model, lambda network: network(x), [lambda: model(x).square().mean()])["0"]
+    gates = torch.ones(4, requires_grad=True)
+    model[2](torch.relu(model[0](x)) * gates).square().mean().backward()
+    assert torch.allclose(score, gates.grad.double().square(), rtol=1e-4)
+
+
+def test_tied_weights_stay_tied():
+    model, run = build(partial(networks.Transformer, tied=True)), runner(TOKENS)
+    widths = find_widths(model, run).widths
+    cut(model, run, {width.name: [0] for width in widths})
+    assert ties_of(model) == [["embedding.weight", "head.weight"]]
+
+
+def test_heads_of_which_nothing_is_known_are_kept_whole_with_the_reason():
+    model, run = build(networks.Fixed), runner(torch.Size((2, 9, 16)))
+    found = find_widths(model, run)
+    assert not found.widths
+    assert found.whole
+
+
+def test_frozen_parameters_stay_frozen_and_modes_as_they_were():
+    model, run = build(networks.Residual).train(), runner(IMAGES)
+    model.first.requires_grad_(False)
+    cut(model, run, {"inner": [0, 1]})
+    assert model.training
+    assert not model.first.weight.requires_grad
+    assert model.inner.weight.requires_grad
+
+
+def test_another_network_is_not_taken_for_the_one_that_was_cut():
+    model, run = build(networks.Residual), runner(IMAGES)
+    sizes, shapes = sizes_of(model), shapes_of(model)
+    cut(model, run, {"inner": [0]})
+    with pytest.raises(errors.BadInput, match="another network"):
+        rebuild(networks.Residual(24), describe(model, sizes, shapes))
+
+
+def test_a_width_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="no layer nowhere"):
+        cut(build(networks.Residual), runner(IMAGES), {"nowhere": [0]})

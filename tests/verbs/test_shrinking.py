@@ -1,0 +1,139 @@
+"""Narrower networks through the verbs: made, judged, shipped, loaded, gone on with."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import delest
+from delest import errors
+from delest.shrinking import ladder, layer_times, pipeline
+from delest.training.progress import Progress
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.second = nn.Conv2d(32, 64, 3, padding=1)
+        self.head = nn.Linear(64 * 16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.max_pool2d(torch.relu(self.norm(self.first(x))), 2)
+        return self.head(torch.relu(self.second(x)).flatten(1))
+
+
+def images(rows: int = 1500) -> tuple[np.ndarray, np.ndarray]:
+    random, labels = np.random.default_rng(0), np.arange(rows) % 4
+    prototypes = random.integers(0, 200, (4, 8, 8))
+    return np.clip(prototypes[labels] + random.integers(-30, 30, (rows, 8, 8)), 0, 255).astype(np.uint8), labels
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Few timed calls, and always the same step: these tests promise nothing about speed."""
+    timed = pipeline.time_alternating
+    monkeypatch.setattr(pipeline, "time_alternating", lambda calls: timed(calls, seconds=0.0))
+    monkeypatch.setattr(layer_times, "_CALLS", 1)
+    monkeypatch.setattr(ladder, "suitable_step", lambda threads: 8)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = delest.Recipe(epochs=3, memory_format="contiguous", precision="fp32")
+    job = delest.Job(model=Network, data=images(), batch_size=32, recipe=recipe, name="small")
+    return delest.train(job, out="r", threads=1, say=Progress()), job
+
+
+@pytest.fixture
+def shrinkable(run, monkeypatch):
+    """A run whose job has no file to come from."""
+    from delest import runs
+
+    found, job = run
+    monkeypatch.setattr(runs, "job_of", lambda folder, given: job)
+    return found.path
+
+
+def shrink(folder, **changes):
+    return delest.shrink(folder, **{"max_drop": 0.05, "time": "6s", "threads": 1, "say": Progress(), **changes})
+
+
+def test_narrower_networks_learn_and_ship_and_are_loaded_without_pickle(shrinkable):
+    shrunk = shrink(shrinkable)
+    assert shrunk.stages[0].accepted, shrunk.stages
+    names = [candidate.name for candidate in shrunk.candidates]
+    assert names[:5] == ["torch", "fp32", "int8", "pruned-1", "pruned-1-int8"]
+    plain, narrow = (next(one for one in shrunk.candidates if one.name == name) for name in ("fp32", "pruned-1"))
+    assert narrow.parameters < 0.65 * plain.parameters
+    assert narrow.file_bytes < 0.7 * plain.file_bytes
+    assert narrow.bound.upper <= 0.05
+    small = next(one for one in shrunk.candidates if one.name == shrunk.small)
+    assert small.file_bytes == min(one.file_bytes for one in shrunk.candidates if one.kept and one.file_bytes)
+    assert shrunk.shipped not in ("fp32", "int8")
+    loaded = delest.load(shrinkable, Network)
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == next(
+        one.parameters for one in shrunk.candidates if one.name == shrunk.shipped
+    )
+    architecture = json.loads((shrinkable / "shrunk" / "architecture.json").read_text())
+    assert architecture["tensors"]["first.weight"]["before"] == [32, 1, 3, 3]
+    with pytest.raises(errors.BadInput, match="another network"):
+        delest.load(shrinkable / "shrunk", lambda: nn.Linear(3, 3))
+
+
+def test_a_wish_that_nothing_meets_ships_the_nearest_and_says_so(shrinkable):
+    with pytest.raises(errors.AccuracyNotMet, match="the nearest is") as raised:
+        shrink(shrinkable, time=0, size="1kB", latency="5ms")
+    assert raised.value.exit_status == 4
+    assert (shrinkable / "shrunk" / "model.onnx").exists()
+    assert (shrinkable / "report.html").exists()
+
+
+def test_without_time_the_network_keeps_its_widths(shrinkable):
+    shrunk = shrink(shrinkable, time=0)
+    assert [candidate.name for candidate in shrunk.candidates] == ["torch", "fp32", "int8"]
+    assert not (shrinkable / "shrinking").exists()
+
+
+def test_what_cannot_be_proven_is_taken_back(shrinkable, monkeypatch):
+    shrunk = shrink(shrinkable, max_drop=1e-9)
+    assert shrunk.stages
+    assert not any(stage.accepted for stage in shrunk.stages)
+    assert not any(name.startswith("pruned") for name in (one.name for one in shrunk.candidates))
+
+
+def test_an_interrupted_shrink_goes_on_with_what_was_decided(shrinkable, monkeypatch):
+    train, trained = ladder.Trainer.train, []
+
+    def interrupted(self):
+        trained.append(self.folder.name)
+        if len(trained) == 2:
+            raise errors.Interrupted(2, "")
+        train(self)
+
+    monkeypatch.setattr(ladder.Trainer, "train", interrupted)
+    with pytest.raises(errors.Interrupted, match="delest shrink r"):
+        shrink(shrinkable)
+    journal = [json.loads(line) for line in (shrinkable / "shrinking" / "decisions.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["name"]) for line in journal][1:4] == [
+        ("begun", "pruned-1"),
+        ("decided", "pruned-1"),
+        ("begun", "pruned-2"),
+    ]
+    cut = (shrinkable / "shrinking" / "pruned-2" / "architecture.json").read_text()
+    shrunk = shrink(shrinkable)
+    assert trained[:3] == ["pruned-1", "pruned-2", "pruned-2"]
+    assert (shrinkable / "shrinking" / "pruned-2" / "architecture.json").read_text() == cut
+    assert shrunk.stages[0].seconds == journal[2]["seconds"]
+
+
+def test_bad_lengths_and_sizes_are_named(shrinkable):
+    with pytest.raises(errors.BadInput, match="'soon' is not a length of time"):
+        shrink(shrinkable, time="soon")
+    with pytest.raises(errors.BadInput, match="'small' is not a size"):
+        shrink(shrinkable, size="small")
