@@ -121,5 +121,5 @@ def test_another_network_is_not_taken_for_the_one_that_was_cut():
 
 
 def test_a_width_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match="no layer nowhere"):
+    with pytest.raises(ValueError, match="no width nowhere"):
         cut(build(networks.Residual), runner(IMAGES), {"nowhere": [0]})

@@ -39,7 +39,13 @@ def export_network(module: torch.nn.Module, inputs: Inputs, path: Path) -> None:
     tensors = tuple(torch.as_tensor(array, device=device) for array in arrays)
     with _evaluating(network), _quiet():
         try:
-            written = _convert(network, tensors, names)
+            try:
+                written = _convert(network, tensors, names)
+            except Exception:
+                # Fused attention gives a result of other strides than what the exporter puts in its place, where the code behind may then
+                # not view it as it does.
+                with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                    written = _convert(network, tensors, names)
         except Exception as error:
             raise errors.BadInput(
                 f"the network cannot be written as ONNX: {_reason(error)}. The trained model is kept and can be used from PyTorch; "

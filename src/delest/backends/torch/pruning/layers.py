@@ -104,6 +104,22 @@ class Scale(_Cutting):
     prune_in_channels = prune_out_channels
 
 
+class Bag(_Cutting):
+    """nn.EmbeddingBag: a table of vectors, of which sums or means are taken."""
+
+    def get_out_channels(self, layer: Any) -> int:
+        return layer.embedding_dim
+
+    get_in_channels = get_out_channels
+
+    def prune_out_channels(self, layer: Any, idxs: list[int]) -> Any:
+        kept = _left(layer.embedding_dim, idxs)
+        layer.weight, layer.embedding_dim = keep(layer.weight, 1, kept), len(kept)
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+
 def is_transposed_linear(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", torch.empty(0)).ndim == 2
 
@@ -122,6 +138,8 @@ def special_pruners(model: nn.Module) -> dict[type, Any]:
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             found[type(module)] = Recurrent()
+        elif isinstance(module, nn.EmbeddingBag):
+            found[type(module)] = Bag()
         elif is_transposed_linear(module):
             found[type(module)] = TransposedLinear()
         elif is_scale(module):

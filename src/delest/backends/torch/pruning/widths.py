@@ -11,7 +11,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,7 @@ Run = Callable[[nn.Module], Any]  # what evaluation sees of a network, on a few 
 Cuts = Mapping[str, Sequence[int]]  # units by width
 
 SAME = 1e-3  # of the largest output: how far a cut network may be from the one with silenced units
-_ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase)
+_ROOTS = (nn.modules.conv._ConvNd, nn.Linear, nn.RNNBase, nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.MultiheadAttention)  # which go over channels, or are scaled by their number
 _OUTPUT = torch_pruning.ops._OutputOp
 
@@ -51,6 +51,7 @@ class _Group:
     places: tuple[_Place, ...]
     exact: bool  # silenced units and cut ones are the same
     attention: Attention | None = None
+    roots: tuple[str, ...] = ()  # layers whose outputs are cut; several where a tied weight joins groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ def cut(model: nn.Module, run: Run, cuts: Cuts) -> None:
 def _groups(model: nn.Module, run: Run) -> tuple[list[_Group], dict[str, str]]:
     """All widths of a network in evaluation mode, untried, and reasons why other layers keep theirs."""
     attentions, whole = find_attentions(model, run), {}
-    groups = [_of_attention(attention, model) for attention in attentions]
+    groups = [_of_attention(attention) for attention in attentions if attention.units > 1]
     inside = {(name, "out") for one in attentions for name in (*one.queries, *one.keys)} | {
         (one.behind, "in") for one in attentions
     }
@@ -116,10 +117,29 @@ def _groups(model: nn.Module, run: Run) -> tuple[list[_Group], dict[str, str]]:
             groups.append(found)
         elif found:
             whole[name] = found
-    return groups, whole
+    return _joined(groups, ties_of(model)), whole
 
 
-def _of_attention(attention: Attention, model: nn.Module) -> _Group:
+def _joined(groups: list[_Group], ties: list[list[str]]) -> list[_Group]:
+    """Groups that have a tied weight in common as one: what one loses the other loses too."""
+    for names in ties:
+        layers = {name.rpartition(".")[0] for name in names}
+        members = [group for group in groups if len({layer for layer, _ in group.width.sides} & layers) == 1]
+        if len(members) > 1 and len({group.width.size for group in members}) == 1:
+            first = members[0]
+            sides = tuple(dict.fromkeys(side for group in members for side in group.width.sides))
+            groups = [group for group in groups if group not in members] + [
+                _Group(
+                    replace(first.width, sides=sides),
+                    tuple(place for group in members for place in group.places),
+                    all(group.exact for group in members),
+                    roots=tuple(root for group in members for root in group.roots),
+                )
+            ]
+    return groups
+
+
+def _of_attention(attention: Attention) -> _Group:
     wide = attention.heads * attention.size
     channels = torch.arange(wide)
     place = _Place(attention.behind, "in", channels, channels // (attention.together * attention.size))
@@ -166,8 +186,9 @@ def _of_channels(graph: Any, members: Any, names: Mapping[nn.Module, str], insid
     if not places:
         return "no layer with weights takes its channels in"
     places = [_Place(place.layer, place.side, place.channels, place.units % size) for place in places]
-    width = Width(name=names[members[0].dep.target.module], kind="channels", size=size, unit=together, sides=tuple(sides))
-    return _Group(width, tuple(places), exact)
+    root = names[members[0].dep.target.module]
+    width = Width(name=root, kind="channels", size=size, unit=together, sides=tuple(sides))
+    return _Group(width, tuple(places), exact, roots=(root,))
 
 
 def _together(graph: Any, module: nn.Module, out: bool) -> int:
@@ -268,24 +289,21 @@ def _fault(model: nn.Module, run: Run, groups: list[_Group], before: list[torch.
 
 def _cut(model: nn.Module, run: Run, cuts: dict[str, list[int]]) -> None:
     ties = ties_of(model)
-    attentions = {one.name: one for one in find_attentions(model, run)}
-    for name in [name for name in cuts if name in attentions]:
-        cut_heads(model, attentions[name], cuts.pop(name))
+    groups = {group.width.name: group for group in _groups(model, run)[0]}
+    if missing := [name for name in cuts if name not in groups]:
+        raise ValueError(f"there is no width {', '.join(missing)}")
+    for name in [name for name in cuts if groups[name].attention is not None]:
+        attention = groups[name].attention
+        assert attention is not None
+        cut_heads(model, attention, cuts.pop(name))
     if cuts:
-        graph = _graph(model, run)
-        names = dict(model.named_modules())
+        graph, modules = _graph(model, run), dict(model.named_modules())
         for name, units in cuts.items():
-            if name not in names:
-                raise ValueError(f"there is no layer {name}")
-            pruner = graph.get_pruner_of_module(names[name])
-            channels = pruner.get_out_channels(names[name])
-            members = graph.get_pruning_group(names[name], pruner.prune_out_channels, list(range(channels)))
-            inner = [item.dep for item in members.items if isinstance(item.dep.target.module, nn.Module)]
-            together = max(_together(graph, dep.target.module, graph.is_out_channel_pruning_fn(dep.handler)) for dep in inner)
-            size = channels // together
-            graph.get_pruning_group(
-                names[name], pruner.prune_out_channels, [block * size + unit for block in range(together) for unit in units]
-            ).prune()
+            width = groups[name].width
+            channels = [block * width.size + unit for block in range(width.unit) for unit in units]
+            for root in groups[name].roots:
+                pruner = graph.get_pruner_of_module(modules[root])
+                graph.get_pruning_group(modules[root], pruner.prune_out_channels, channels).prune()
     tie(model, ties)
 
 
