@@ -37,6 +37,9 @@ class Session:
             return nn.functional.cross_entropy(torch.as_tensor(outputs), torch.as_tensor(targets), reduction="none").numpy()
         return (outputs.reshape(-1) - targets) ** 2
 
+    def parameters(self):
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
     def weights(self):
         return {name: value.numpy() for name, value in self.module.state_dict().items()}
 

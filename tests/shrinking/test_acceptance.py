@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from delest.records.shrunk import Bound, Candidate
-from delest.shrinking.acceptance import judge
+from delest.shrinking.acceptance import Wish, best_of, judge
 
 PLAIN = Candidate(
     name="fp32",
@@ -21,6 +21,15 @@ SMALLER = replace(
     bound=Bound(drop=0.001, upper=0.003, rows=1000, disagreeing=0.01),
     selection={"accuracy": 0.899},
 )
+
+
+def form(name, size, seconds, drop=0.0):
+    latency = {"latency_seconds": {1: seconds, 32: seconds}, "latency_spread": {1: (seconds, seconds), 32: (seconds, seconds)}}
+    return replace(
+        PLAIN, name=name, file_bytes=size, bound=Bound(drop=drop, upper=drop, rows=1000, disagreeing=0.01), **latency
+    )
+
+
 SLOW = {"latency_seconds": {1: 0.012, 32: 0.100}, "latency_spread": {1: (0.0115, 0.0125), 32: (0.095, 0.105)}}
 FAST = {"latency_seconds": {1: 0.010, 32: 0.050}, "latency_spread": {1: (0.009, 0.011), 32: (0.048, 0.052)}}
 NOISY = {"latency_seconds": {1: 0.010, 32: 0.090}, "latency_spread": {1: (0.009, 0.011), 32: (0.070, 0.110)}}
@@ -51,3 +60,24 @@ def test_a_form_ships_where_it_is_proven_and_pays(changes, kept, why):
     found, reason = judge(replace(SMALLER, **changes), PLAIN, 0.005)
     assert found is kept
     assert why in reason
+
+
+def test_what_ships_is_small_and_fast_and_of_equals_what_loses_least():
+    plain = form("fp32", 1000, 1.0)
+    slim, light, same = (
+        form("slim", 500, 0.5, drop=0.003),
+        form("light", 250, 0.9, drop=0.0),
+        form("same", 500, 0.51, drop=0.001),
+    )
+    ships, fast, small, missed = best_of([plain, slim, light, same], plain, Wish())
+    assert (ships.name, fast.name, small.name, missed) == ("light", "slim", "light", None)
+    assert best_of([plain, slim, same], plain, Wish())[0].name == "same"
+
+
+def test_a_wish_decides_what_may_ship_and_the_nearest_is_named_where_nothing_does():
+    plain, slim, light = form("fp32", 1000, 1.0), form("slim", 500, 0.5), form("light", 250, 0.9)
+    assert best_of([plain, slim, light], plain, Wish(latency_seconds=0.6))[0].name == "slim"
+    ships, _, _, missed = best_of([plain, slim, light], plain, Wish(latency_seconds=0.25, size_bytes=250))
+    assert ships.name == "slim"
+    assert "the nearest is slim" in missed
+    assert "answers in 0.25 s and takes 250 B" in missed

@@ -81,7 +81,8 @@ def best_of(
 ) -> tuple[Candidate, Candidate, Candidate, str | None]:
     """What ships, the fastest and the smallest of `candidates` (all may ship, `plain` is one), and what of the wish is not met (None: all is).
 
-    What ships has the smallest product of size and seconds, both against the plain form, among those that meet the wish.
+    What ships has the smallest product of size and seconds, both against the plain form, among those that meet the wish; of those that are within `_LEAST_GAIN` of
+    it the one that loses least.
     """
 
     def product(one: Candidate) -> float:
@@ -90,7 +91,9 @@ def best_of(
     fast, small = min(candidates, key=slowness), min(candidates, key=_bytes)
     meeting = [one for one in candidates if wish.excess(one) <= 1]
     if meeting:
-        return min(meeting, key=product), fast, small, None
+        least = min(map(product, meeting))
+        near = [one for one in meeting if product(one) <= (1 + _LEAST_GAIN) * least]
+        return min(near, key=lambda one: 0.0 if one.bound is None else one.bound.drop), fast, small, None
     nearest = min(candidates, key=wish.excess)
     return nearest, fast, small, wish.words(nearest)
 

@@ -135,7 +135,7 @@ def shrink_run(
         say=say,
     )
     try:
-        trained = Network(name=TRAINED, session=session, parameters=sum(array.size for array in session.weights().values()))
+        trained = Network(name=TRAINED, session=session, parameters=session.parameters())
         forms = {"fp32": _export(work, backend, trained, weights)}
         forms |= _quantize(work, trained)
         with work.stage("evaluating", f"judging on {len(work.judging):,} rows"):
