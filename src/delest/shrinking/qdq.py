@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -105,8 +106,7 @@ def node_layer(node: NodeProto, weight: str | None) -> str:
 
 def layer_name(weight: str) -> str:
     """The layer that a weight of an exported network belongs to, as it is named in training."""
-    for suffix in ("_quantized", "_Transposed"):
-        weight = weight.removesuffix(suffix)
+    weight = re.sub(r"(_Transposed(_\d+)?)?(_quantized)?$", "", weight)  # what the quantiser appends
     return weight.removeprefix("network.").removesuffix(".weight")
 
 
