@@ -1,5 +1,7 @@
 """Small ONNX networks with weights named as an export names them, and what they answer."""
 
+from itertools import pairwise
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -46,12 +48,10 @@ def save_dense(path, *weights, biases=None):
         value = f"rectified{place}"
         if output != "output":
             nodes.append(helper.make_node("Relu", [output], [value], name=f"relu{place}"))
-    return save(
-        path, nodes, tensors, {"x": (["batch", weights[0].shape[1]],)}, {"output": (["batch", len(weights[-1])],)}
-    )
+    return save(path, nodes, tensors, {"x": (["batch", weights[0].shape[1]],)}, {"output": (["batch", len(weights[-1])],)})
 
 
 def random_weights(*widths, seed=0):
     """Weights [out, in] that keep the size of what goes through them and a ReLU."""
     random = np.random.default_rng(seed)
-    return [random.normal(size=(b, a)) * (2 / a) ** 0.5 for a, b in zip(widths, widths[1:], strict=False)]
+    return [random.normal(size=(b, a)) * (2 / a) ** 0.5 for a, b in pairwise(widths)]

@@ -5,6 +5,7 @@ from onnx_networks import random_weights, run, save, save_dense, squared_error
 
 from delest import errors
 from delest.shrinking import qdq
+from delest.shrinking.calibration import Activations, min_max
 from delest.shrinking.quantize import best_static, quantize
 from delest.shrinking.sensitivity import rank_layers
 
@@ -84,9 +85,7 @@ def test_the_sensitive_layer_is_left_in_float(tmp_path):
 def test_at_most_a_quarter_of_the_layers_is_left(tmp_path):
     network = fragile(tmp_path / "fp32.onnx")
     judge = squared_error(network, {"x": rows(64, 16)})
-    form = best_static(
-        network, batches_of(rows(256, 16)), tmp_path / "int8.onnx", reduce_range=True, judge=judge, allowed=0.0
-    )
+    form = best_static(network, batches_of(rows(256, 16)), tmp_path / "int8.onnx", reduce_range=True, judge=judge, allowed=0.0)
     assert form.left_float[0] == "4"
     assert len(form.left_float) <= 2
     assert form.score > max(form.scores.values())
@@ -95,7 +94,7 @@ def test_at_most_a_quarter_of_the_layers_is_left(tmp_path):
 def test_layers_are_ranked_by_what_they_do_to_the_outputs(tmp_path):
     model = qdq.prepare(fragile(tmp_path / "fp32.onnx"), tmp_path)
     x = rows(128, 16)
-    ranges = {name: (-30.0, 30.0) for name in qdq.activations(model)}
+    ranges = min_max(Activations(model, qdq.activations(model)), [{"x": x}])
     ranked = rank_layers(model, ranges, {"x": x}, reduce_range=True)
     assert ranked[0][0] == "node4"
     assert ranked[0][1] > 10 * ranked[1][1] > 0

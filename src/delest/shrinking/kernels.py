@@ -7,6 +7,7 @@ float, and says nothing.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -66,20 +67,21 @@ def list_kernels(network: Path) -> Kernels:
         options.optimized_model_filepath = str(path)
         open_session(str(network), options)
         model = onnx.load(path)
-    named = _weights(model)
-    return Kernels(*([_name(node, kind, named) for node in model.graph.node if node.op_type in kind] for kind in (_INT8, _FLOAT)))
+    # A node keeps its name where ONNX Runtime gives its weight another one.
+    asked = {node.name: weight for node, weight in _products(onnx.load(network)) if node.name and weight}
+    kernels = Kernels([], [])
+    for node, weight in _products(model):
+        (kernels.int8 if node.op_type in _INT8 else kernels.float).append(node_layer(node, asked.get(node.name, weight)))
+    return kernels
 
 
-def _weights(model: ModelProto) -> dict[str, str]:
-    """The weight behind each value that is one, or is one dequantised."""
+def _products(model: ModelProto) -> Iterator[tuple[NodeProto, str | None]]:
+    """Each product and convolution, and its weight where it has one."""
     weights = {weight.name: weight.name for weight in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in weights:
+        if node.op_type == "DequantizeLinear" and node.input[0] in weights:  # a weight that is dequantised is still that weight
             weights[node.output[0]] = node.input[0]
-    return weights
-
-
-def _name(node: NodeProto, kind: dict[str, int], weights: dict[str, str]) -> str:
-    place = kind[node.op_type]
-    weight = weights.get(node.input[place]) if len(node.input) > place else None
-    return node_layer(node, weight)
+    for node in model.graph.node:
+        place = _INT8.get(node.op_type, _FLOAT.get(node.op_type))
+        if place is not None:
+            yield node, weights.get(node.input[place])

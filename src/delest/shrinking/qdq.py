@@ -79,6 +79,7 @@ def insert(
         quantizer.quantize_model()
         quantizer.model.topological_sort()
     quantised = quantizer.model.model
+    _keep_float(quantised, without)
     _free_outputs(quantised)
     return quantised
 
@@ -119,6 +120,32 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(level)
+
+
+def _keep_float(model: ModelProto, names: Collection[str]) -> None:
+    """Part nodes that are to stay float from the DequantizeLinear before them by a Clip that changes nothing.
+
+    Between int8 neighbours, ONNX Runtime would else quantise their weights when it loads the file (`WeightBiasQuantization` in its optimiser).
+    """
+    if not names:
+        return
+    lowest = onnx.numpy_helper.from_array(np.asarray(np.finfo(np.float32).min), "lowest_float")
+    model.graph.initializer.append(lowest)
+    weights = {weight.name for weight in model.graph.initializer}
+    back = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] not in weights}
+    parted: set[str] = set()
+    nodes = []
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            if node.name not in names or name not in back:
+                continue
+            if name not in parted:
+                nodes.append(onnx.helper.make_node("Clip", [name, lowest.name], [f"{name}_float"], name=f"{name}_float"))
+                parted.add(name)
+            node.input[place] = f"{name}_float"
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 def _free_outputs(model: ModelProto) -> None:

@@ -18,7 +18,6 @@ from delest.shrinking.sensitivity import rank_layers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from onnx import ModelProto
 
     from delest.shrinking.calibration import Batches, Ranges
 

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from onnx import GraphProto, NodeProto
 
-_USERS = {"Conv", "ConvTranspose", "Gather", "Gemm", "GRU", "LSTM", "MatMul", "RNN"}  # what takes a weight, not a mask or a table
+_USERS = {
+    "Conv",
+    "ConvTranspose",
+    "Gather",
+    "Gemm",
+    "GRU",
+    "LSTM",
+    "MatMul",
+    "RNN",
+}  # what takes a weight, not a mask or a table
 
 
 def quantize_weights(network: Path, out: Path, *, least_bytes: int = 4096) -> list[str]:
@@ -30,7 +39,9 @@ def quantize_weights(network: Path, out: Path, *, least_bytes: int = 4096) -> li
     """
     model = onnx.load(network)
     graph = model.graph
-    nested = any(attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for node in graph.node for attribute in node.attribute)
+    nested = any(
+        attribute.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for node in graph.node for attribute in node.attribute
+    )
     front: list[NodeProto] = []
     replaced: dict[str, list[NodeProto]] = {}
     stored = []
