@@ -55,3 +55,20 @@ def random_weights(*widths, seed=0):
     """Weights [out, in] that keep the size of what goes through them and a ReLU."""
     random = np.random.default_rng(seed)
     return [random.normal(size=(b, a)) * (2 / a) ** 0.5 for a, b in pairwise(widths)]
+
+
+def save_attention(path, width=32):
+    """x [B, T, D] through query, key and value, and what they attend to through a last layer, all as MatMul."""
+    random = np.random.default_rng(0)
+    names = ("query", "key", "value", "last")
+    weights = {f"network.{name}.weight": random.normal(size=(width, width)).astype(np.float32) / 6 for name in names}
+    nodes = [helper.make_node("MatMul", ["x", f"network.{name}.weight"], [name], name=f"product_{name}") for name in names[:3]]
+    nodes += [
+        helper.make_node("Transpose", ["key"], ["keys"], perm=[0, 2, 1], name="transpose"),
+        helper.make_node("MatMul", ["query", "keys"], ["scores"], name="scores"),
+        helper.make_node("Softmax", ["scores"], ["shares"], axis=-1, name="softmax"),
+        helper.make_node("MatMul", ["shares", "value"], ["mixed"], name="mix"),
+        helper.make_node("MatMul", ["mixed", "network.last.weight"], ["output"], name="product_last"),
+    ]
+    shape = ["batch", "tokens", width]
+    return save(path, nodes, weights, {"x": (shape,)}, {"output": (shape,)})

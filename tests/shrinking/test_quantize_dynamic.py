@@ -1,8 +1,7 @@
 import numpy as np
 import onnx
 import torch
-from onnx import helper
-from onnx_networks import random_weights, run, save, save_dense
+from onnx_networks import random_weights, run, save_attention, save_dense
 from sessions import Network
 
 from delest.backends.torch.export import export_network
@@ -10,22 +9,6 @@ from delest.shrinking.kernels import list_kernels
 from delest.shrinking.quantize import products_dominate, quantize_dynamic
 
 RANDOM = np.random.default_rng(0)
-
-
-def save_attention(path, width=32):
-    """x [B, T, D] through query, key and value, and what they attend to through a last layer, all as MatMul."""
-    names = ("query", "key", "value", "last")
-    weights = {f"network.{name}.weight": RANDOM.normal(size=(width, width)).astype(np.float32) / 6 for name in names}
-    nodes = [helper.make_node("MatMul", ["x", f"network.{name}.weight"], [name], name=f"product_{name}") for name in names[:3]]
-    nodes += [
-        helper.make_node("Transpose", ["key"], ["keys"], perm=[0, 2, 1], name="transpose"),
-        helper.make_node("MatMul", ["query", "keys"], ["scores"], name="scores"),
-        helper.make_node("Softmax", ["scores"], ["shares"], axis=-1, name="softmax"),
-        helper.make_node("MatMul", ["shares", "value"], ["mixed"], name="mix"),
-        helper.make_node("MatMul", ["mixed", "network.last.weight"], ["output"], name="product_last"),
-    ]
-    shape = ["batch", "tokens", width]
-    return save(path, nodes, weights, {"x": (shape,)}, {"output": (shape,)})
 
 
 def test_products_with_weights_become_int8_at_each_call(tmp_path):

@@ -1,10 +1,12 @@
 import numpy as np
 import torch
-from onnx_networks import random_weights, save_dense
+from onnx_networks import random_weights, run, save_attention, save_dense
 from sessions import Network
 from torch import nn
 
 from delest.backends.torch.export import export_network
+from delest.shrinking import qdq
+from delest.shrinking.calibration import Activations, min_max
 from delest.shrinking.kernels import list_kernels
 from delest.shrinking.quantize import best_static, quantize
 
@@ -39,3 +41,29 @@ def test_a_layer_that_only_looks_quantised_is_listed_as_float(tmp_path, capfd):
     )
     assert form.int8 == ["0"]
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_is_left_in_float_runs_in_float_between_int8_neighbours(tmp_path):
+    """ONNX Runtime quantises such a layer's weight by itself, unless something stands between the layer and its neighbour."""
+    x = RANDOM.normal(size=(16, 3, 8, 8)).astype(np.float32)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    export_network(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 4)), x[:2], tmp_path / "fp32.onnx")
+    model = qdq.prepare(tmp_path / "fp32.onnx", tmp_path)
+    ranges = min_max(Activations(model, qdq.activations(model)), [{"x": x}])
+    middle = next(node.name for node in model.graph.node if "network.2.weight" in node.input)
+    for left, expected in (((), (["0", "2", "4", "7"], [])), ([middle], (["0", "4", "7"], ["2"]))):
+        qdq.save(qdq.insert(model, ranges, reduce_range=True, without=left), tmp_path / "int8.onnx")
+        assert list_kernels(tmp_path / "int8.onnx") == expected
+        given, wanted = run(tmp_path / "int8.onnx", {"x": x}), run(tmp_path / "fp32.onnx", {"x": x})
+        assert np.square(given - wanted).mean() < 0.01 * np.square(wanted).mean()
+
+
+def test_a_product_of_activations_can_be_left_in_float(tmp_path):
+    network = save_attention(tmp_path / "fp32.onnx")
+    x = RANDOM.normal(size=(4, 6, 32)).astype(np.float32)
+    model = qdq.prepare(network, tmp_path)
+    ranges = min_max(Activations(model, qdq.activations(model)), [{"x": x}])
+    qdq.save(qdq.insert(model, ranges, reduce_range=True, without=["scores"]), tmp_path / "int8.onnx")
+    kernels = list_kernels(tmp_path / "int8.onnx")
+    assert [name.split()[-1].split("/")[0] for name in kernels.float] == ["scores"]
+    assert sorted(kernels.int8) == ["MatMul mix", "key", "last", "query", "value"]
