@@ -68,10 +68,11 @@ def list_kernels(network: Path) -> Kernels:
         open_session(str(network), options)
         model = onnx.load(path)
     # A node keeps its name where ONNX Runtime gives its weight another one.
-    asked = {node.name: weight for node, weight in _products(onnx.load(network)) if node.name and weight}
+    asked = {node.name: (node, weight) for node, weight in _products(onnx.load(network)) if node.name}
     kernels = Kernels([], [])
     for node, weight in _products(model):
-        (kernels.int8 if node.op_type in _INT8 else kernels.float).append(node_layer(node, asked.get(node.name, weight)))
+        written, written_weight = asked.get(node.name, (node, None))
+        (kernels.int8 if node.op_type in _INT8 else kernels.float).append(node_layer(written, written_weight or weight))
     return kernels
 
 
