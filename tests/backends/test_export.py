@@ -123,3 +123,16 @@ def test_what_the_model_raises_is_passed_on(tmp_path):
     with pytest.raises(errors.BadInput, match="ValueError: no such thing"):
         export_network(network, np.ones((2, 3), np.float32), tmp_path / "network.onnx")
     assert network.training
+
+
+def test_weights_of_layers_over_tokens_keep_their_names(tmp_path):
+    """The exporter stores them transposed, under a number."""
+    network = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3, bias=False))
+    x = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
+    export_network(network, x, tmp_path / "network.onnx")
+    model = onnx.load(tmp_path / "network.onnx")
+    products = [node.input[1] for node in model.graph.node if node.op_type == "MatMul"]
+    assert products == ["network.0.weight_Transposed", "network.2.weight_Transposed"]
+    stored = {weight.name: onnx.numpy_helper.to_array(weight) for weight in model.graph.initializer}
+    np.testing.assert_array_equal(stored[products[0]], network[0].weight.detach().T)
+    np.testing.assert_allclose(run(tmp_path / "network.onnx", {"x": x})[0], network(torch.as_tensor(x)).detach(), atol=1e-6)

@@ -23,7 +23,7 @@ class Bound:
 class Candidate:
     """One form of the model, measured."""
 
-    name: str  # "torch", "fp32", "int8"; of narrower networks "pruned-1", "pruned-1-int8", "fresh", "fresh-int8"
+    name: str  # "torch", "fp32", "int8", "dynamic", "weights"; of narrower networks "pruned-1", "pruned-1-int8", "fresh", ...
     runtime: str  # "PyTorch eager", "ONNX Runtime"
     file_bytes: int | None  # of model.onnx; None for torch, whose weights are weights_bytes
     weights_bytes: int  # of the parameters and buffers

@@ -19,5 +19,5 @@ class Network:
     architecture: Mapping[str, Any] | None = None  # how it differs from what the factory builds
 
     def form(self, kind: str) -> str:
-        """The name of a form, "fp32" or "int8", of this network."""
+        """The name of a form ("fp32", "int8", "dynamic", "weights") of this network."""
         return kind if self.name == TRAINED else self.name if kind == "fp32" else f"{self.name}-{kind}"

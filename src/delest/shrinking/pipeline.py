@@ -26,7 +26,8 @@ from delest.shrinking.acceptance import Wish, best_of, judge
 from delest.shrinking.confidence import bound_drop
 from delest.shrinking.networks import TRAINED, Network
 from delest.shrinking.parity import LIMIT, largest_difference
-from delest.shrinking.quantize import quantize
+from delest.shrinking.quantize import best_static, products_dominate, quantize_dynamic
+from delest.shrinking.weights import quantize_weights
 from delest.training.evaluate import evaluate
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _CALIBRATION_ROWS = 512
 _CALIBRATION_BATCH = 64
+_SCORING_ROWS = 2000  # of those that judge, to choose how int8 is calibrated
 
 
 @dataclass(kw_only=True)
@@ -136,12 +138,12 @@ def shrink_run(
     )
     try:
         trained = Network(name=TRAINED, session=session, parameters=session.parameters())
-        forms = {"fp32": _export(work, backend, trained, weights)}
-        forms |= _quantize(work, trained)
         with work.stage("evaluating", f"judging on {len(work.judging):,} rows"):
             reference = evaluate(session, work.judging, metric)
         if not metric.higher_is_better:
             work.allowed = max_drop * abs(reference.score)
+        forms = {"fp32": _export(work, backend, trained, weights)}
+        forms |= _quantize(work, trained)
         climbed = ladder(trained, work.judging, work.allowed) if ladder is not None else None
         for network in climbed.climb() if climbed is not None else ():
             forms[network.form("fp32")] = _export(work, backend, network, None)
@@ -188,32 +190,51 @@ def _export(work: _Work, backend: Backend, network: Network, weights: Mapping[st
 
 
 def _quantize(work: _Work, network: Network) -> dict[str, _Form]:
-    """The int8 form by name, or why there is none."""
-    name = network.form("int8")
-
-    def missing(why: str) -> dict[str, _Form]:
-        return {name: _Form(network=network, fault=why)}
-
+    """The 8-bit forms by name: "int8", calibrated; "dynamic", where matrix products dominate; "weights", in the file alone. Or why there is none."""
     train = work.feeds["train"]
     chosen = train.index[np.linspace(0, len(train) - 1, min(_CALIBRATION_ROWS, len(train))).astype(np.int64)]
-    batches = Feed(train.source, chosen, work.preprocessing, batch_size=_CALIBRATION_BATCH).ordered()
+    float_network = work.network(network.form("fp32"))
+
+    def batches() -> Iterator[dict[str, NDArray]]:
+        return (
+            _by_name(batch.inputs)
+            for batch in Feed(train.source, chosen, work.preprocessing, batch_size=_CALIBRATION_BATCH).ordered()
+        )
+
+    def static(out: Path) -> list[str]:
+        return best_static(
+            float_network, batches, out, reduce_range=work.reduce_range, judge=partial(_score, work), allowed=work.allowed
+        ).int8
+
+    makers: dict[str, Callable[[Path], list[str]]] = {"int8": static}
+    if products_dominate(float_network):
+        makers["dynamic"] = partial(quantize_dynamic, float_network, reduce_range=work.reduce_range)
+    makers["weights"] = partial(quantize_weights, float_network)
+    forms = {}
     with work.stage("quantising", f"quantising {network.name} to int8, calibrated on {len(chosen):,} training rows"):
-        try:
-            layers = quantize(
-                work.network(network.form("fp32")),
-                (_by_name(batch.inputs) for batch in batches),
-                work.network(name),
-                reduce_range=work.reduce_range,
-            )
-            if not layers:
-                return missing("it has no convolution or matrix product whose weights could be int8")
-            return {name: _Form(network=network, model=work.bundle(name, name), layers=tuple(layers))}
-        except errors.DelestError:
-            raise
-        except Exception as error:  # of the quantiser, of any kind: the fp32 form is there and ships
-            return missing(
-                f"ONNX Runtime cannot quantise this network ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
-            )
+        for kind, make in makers.items():
+            name = network.form(kind)
+            try:
+                layers = make(work.network(name))
+                if layers:
+                    forms[name] = _Form(network=network, model=work.bundle(name, name), layers=tuple(layers))
+                elif kind == "int8":
+                    why = "it has no convolution or matrix product whose weights could be int8"
+                    forms[name] = _Form(network=network, fault=why)
+            except errors.DelestError:
+                raise
+            except Exception as error:  # of the quantiser, of any kind: the fp32 form is there and ships
+                words = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+                forms[name] = _Form(network=network, fault=f"ONNX Runtime cannot quantise this network ({words})")
+    return forms
+
+
+def _score(work: _Work, network: Path) -> float:
+    """What a bare network scores on rows that judge, higher is better."""
+    shutil.copy(network, work.network("trial"))
+    rows = Feed(work.judging.source, work.judging.index[:_SCORING_ROWS], work.preprocessing, batch_size=work.judging.batch_size)
+    score = evaluate(work.bundle("trial", "trial"), rows, work.metric).score
+    return score if work.metric.higher_is_better else -score
 
 
 def _measure(

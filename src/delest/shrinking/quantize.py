@@ -1,111 +1,143 @@
-"""Static int8 quantisation of an ONNX network: 8-bit activations and weights around each matrix product and convolution."""
+"""Int8 forms of a bare ONNX network: static, with ranges and layers chosen by how well they do, and dynamic."""
 
 from __future__ import annotations
 
-import logging
+import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import onnx
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
+from onnxruntime import quantization
 
-from delest import storage
+from delest.shrinking import qdq
+from delest.shrinking.calibration import Activations, measure_ranges, min_max
+from delest.shrinking.kernels import list_kernels
+from delest.shrinking.sensitivity import rank_layers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from onnx import ModelProto
 
-_COMPUTE = ("Conv", "MatMul", "Gemm")
-# Relu and Clip compute nothing in int8: they disappear into the range of the quantisation before them, which is what lets
-# ONNX Runtime hand 8-bit values from one convolution to the next.
-_QUANTISED = (*_COMPUTE, "Relu", "Clip")
+    from delest.shrinking.calibration import Batches, Ranges
+
+
+class Static(NamedTuple):
+    """What `best_static` wrote."""
+
+    ranges: str  # how the activations' ranges were chosen
+    score: float
+    scores: dict[str, float]  # with all layers in int8, by ranges
+    int8: list[str]  # layers that really compute in int8
+    left_float: list[str]  # layers left in float since they lose most, the worst first
 
 
 def quantize(network: Path, calibration: Iterable[Mapping[str, NDArray]], out: Path, *, reduce_range: bool) -> list[str]:
-    """Write the int8 form of a bare network; returns the layers that now compute in int8, none where there is nothing to quantise.
+    """Write the int8 form of a bare network; returns the layers that are now int8, none where there is nothing to quantise.
 
     `calibration` are batches by ONNX input name: the range of each activation is the least and the largest value seen.
     Activations become uint8, weights int8, symmetric and by channel. `reduce_range` leaves weights one bit less: without the VNNI instructions
     the sum of two products of 8 bits overflows 16 (see "When and why do I need to try U8U8" and "reduce_range" in ONNX Runtime's
     page "Quantize ONNX Models"). Embeddings, and everything that is no convolution or matrix product, stay in fp32.
+
+    Raises `BadInput` where there is no calibration row.
     """
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder, _quiet():
-        prepared = Path(folder, "prepared.onnx")
-        # Symbolic shape inference takes seconds and finds nothing that a convolution or matrix product needs.
-        quant_pre_process(network, prepared, skip_symbolic_shape=True)
-        quantised = Path(folder, "quantised.onnx")
-        quantize_static(
-            prepared,
-            quantised,
-            _Batches(calibration),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(_QUANTISED),
+    model = qdq.prepare(network, out.parent)
+    tensors = qdq.activations(model)
+    ranges = min_max(Activations(model, tensors), calibration) if tensors else {}
+    quantised = qdq.insert(model, ranges, reduce_range=reduce_range)
+    qdq.save(quantised, out)
+    return qdq.quantised_layers(quantised)
+
+
+def best_static(
+    network: Path,
+    batches: Callable[[], Batches],
+    out: Path,
+    *,
+    reduce_range: bool,
+    judge: Callable[[Path], float],
+    allowed: float = math.inf,
+) -> Static:
+    """Write the int8 form of a bare network that `judge` likes best, as `quantize` does but for the ranges of activations.
+
+    `batches()` gives calibration batches by ONNX input name, the same ones each time: it is called three times at most. `judge` scores a bare
+    network, higher is better; it is asked about three choices of ranges (see `calibration`), and where the best of them scores more
+    than `allowed` below the float network, with the layers that lose most left in float: at most a quarter of them, by bisection,
+    so no more than 2 + log2(layers) times again. The fewest layers within `allowed` are left, or whatever scores highest.
+
+    Raises `BadInput` where there is no calibration row.
+    """
+    model = qdq.prepare(network, out.parent)
+    measured = measure_ranges(model, qdq.activations(model), batches) if qdq.activations(model) else {"min_max": {}}
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+
+        def score(ranges: Ranges, left: Collection[str] = ()) -> float:
+            trial = Path(folder, "trial.onnx")
+            qdq.save(qdq.insert(model, ranges, reduce_range=reduce_range, without=left), trial)
+            value = judge(trial)
+            return value if not math.isnan(value) else -math.inf
+
+        scores = {method: score(ranges) for method, ranges in measured.items()}
+        method = max(scores, key=lambda name: scores[name])
+        ranges, left, best = measured[method], list[str](), scores[method]
+        floor = judge(network) - allowed if allowed < math.inf else -math.inf
+        if best < floor:
+            worst = [name for name, _ in rank_layers(model, ranges, next(iter(batches())), reduce_range=reduce_range)]
+            count, best = _fewest(lambda count: score(ranges, worst[:count]), best, max(1, len(worst) // 4), floor)
+            left = worst[:count]
+    qdq.save(qdq.insert(model, ranges, reduce_range=reduce_range, without=left), out)
+    weights = {weight.name for weight in model.graph.initializer}
+    layers = {
+        node.name: qdq.node_layer(node, node.input[1] if node.input[1] in weights else None)
+        for node in model.graph.node
+        if node.op_type in qdq.COMPUTE
+    }
+    return Static(method, best, scores, list_kernels(out).int8, [layers[name] for name in left])
+
+
+def quantize_dynamic(network: Path, out: Path, *, reduce_range: bool) -> list[str]:
+    """Write a bare network whose matrix products with a weight take their input's range anew at each call; returns their layers.
+
+    It needs no calibration, and suits transformers, whose activations vary much from row to row and in which such products
+    dominate ("Dynamic quantization" in ONNX Runtime's page "Quantize ONNX Models"). Convolutions stay in fp32.
+    """
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder, qdq.quiet():
+        dynamic = Path(folder, "dynamic.onnx")
+        quantization.quantize_dynamic(
+            qdq.prepare(network, out.parent),
+            dynamic,
+            op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True,
             reduce_range=reduce_range,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            extra_options={"WeightSymmetric": True, "ActivationSymmetric": False},
+            weight_type=quantization.QuantType.QInt8,
         )
-        model = onnx.load(quantised)
-    _free_outputs(model)
-    del model.graph.value_info[:]
-    storage.write_atomic(out, model.SerializeToString())
-    return _int8_layers(model)
+        model = onnx.load(dynamic)
+    qdq.save(model, out)
+    return [qdq.layer_name(node.input[1]) for node in model.graph.node if node.op_type == "MatMulInteger"]
 
 
-class _Batches(CalibrationDataReader):
-    """Batches as ONNX Runtime's calibration asks for them."""
-
-    def __init__(self, batches: Iterable[Mapping[str, NDArray]]):
-        self._batches = iter(batches)
-
-    def get_next(self) -> dict[str, NDArray] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else dict(batch)
-
-
-def _free_outputs(model: ModelProto) -> None:
-    """Leave the network's outputs in fp32: in 256 steps, scores of two classes can become equal."""
-    outputs = {value.name for value in model.graph.output}
-    makers = {name: node for node in model.graph.node for name in node.output}
-    readers = [name for node in model.graph.node for name in node.input]
-    for name in outputs:
-        back = makers.get(name)
-        forth = makers.get(back.input[0]) if back is not None and back.op_type == "DequantizeLinear" else None
-        if back is None or forth is None or forth.op_type != "QuantizeLinear":
-            continue
-        source = makers.get(forth.input[0])
-        if source is None or readers.count(forth.input[0]) > 1 or readers.count(forth.output[0]) > 1:
-            continue
-        source.output[list(source.output).index(forth.input[0])] = name
-        model.graph.node.remove(back)
-        model.graph.node.remove(forth)
-    used = {name for node in model.graph.node for name in node.input}
-    unused = [weight for weight in model.graph.initializer if weight.name not in used]
-    for weight in unused:
-        model.graph.initializer.remove(weight)
+def products_dominate(network: Path) -> bool:
+    """Whether most weights that a network multiplies by are those of matrix products, so that dynamic int8 may pay."""
+    graph = onnx.load(network).graph
+    sizes = {weight.name: math.prod(weight.dims) for weight in graph.initializer}
+    weights = {
+        kinds: sum(sizes.get(node.input[1], 0) for node in graph.node if node.op_type in kinds)
+        for kinds in (("MatMul", "Gemm"), ("Conv", "ConvTranspose"))
+    }
+    products, convolutions = weights.values()
+    return products > convolutions
 
 
-def _int8_layers(model: ModelProto) -> list[str]:
-    """Names of the layers whose input and weight are 8-bit, as the weights are named in training."""
-    weights = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    return [
-        weights[node.input[1]].removesuffix("_quantized").removeprefix("network.").removesuffix(".weight")
-        for node in model.graph.node
-        if node.op_type in _COMPUTE and node.input[0] in weights and node.input[1] in weights
-    ]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """ONNX Runtime logs advice to preprocess the model, also where that was done."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)
+def _fewest(score: Callable[[int], float], none: float, most: int, floor: float) -> tuple[int, float]:
+    """The least count in 1 to `most` whose score reaches `floor`, and that score; the best of those tried (0 scores `none`) where
+    `most` does not. Scores are taken to rise with the count."""
+    scores = {0: none, most: score(most)}
+    if scores[most] < floor:
+        return max(scores.items(), key=lambda item: item[1])
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        scores[middle] = score(middle)
+        low, high = (low, middle) if scores[middle] >= floor else (middle, high)
+    return high, scores[high]

@@ -77,11 +77,29 @@ def _convert(network: torch.nn.Module, inputs: tuple[torch.Tensor, ...], names: 
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     ClearMetadataAndDocStringPass()(program.model)
+    _name_transposed(program.model.graph, network)
     if len(program.model.graph.outputs) == 1 and "output" not in names:
         program.model.graph.outputs[0].name = "output"
     proto = program.model_proto
     del proto.graph.value_info[:]
     return proto.SerializeToString()
+
+
+def _name_transposed(graph: Any, network: torch.nn.Module) -> None:
+    """Name the weights of linear layers, which the exporter may store transposed and numbered, as in training, with `_Transposed`."""
+    known = network.state_dict()
+    missing = {
+        name: weight.detach().cpu().numpy().T
+        for name, weight in known.items()
+        if weight.ndim == 2 and weight.dtype == torch.float32 and name not in graph.initializers
+    }
+    for value in [value for name, value in graph.initializers.items() if name not in known]:
+        array = value.const_value.numpy()
+        for name, weight in missing.items():
+            if weight.shape == array.shape and (weight[:1] == array[:1]).all() and (weight == array).all():
+                value.name = f"{name}_Transposed"
+                del missing[name]
+                break
 
 
 def _reason(error: BaseException) -> str:
