@@ -68,14 +68,14 @@ def test_narrower_networks_learn_and_ship_and_are_loaded_without_pickle(shrinkab
     shrunk = shrink(shrinkable)
     assert shrunk.stages[0].accepted, shrunk.stages
     names = [candidate.name for candidate in shrunk.candidates]
-    assert names[:5] == ["torch", "fp32", "int8", "pruned-1", "pruned-1-int8"]
+    assert names[:7] == ["torch", "fp32", "int8", "weights", "pruned-1", "pruned-1-int8", "pruned-1-weights"]
     plain, narrow = (next(one for one in shrunk.candidates if one.name == name) for name in ("fp32", "pruned-1"))
     assert narrow.parameters < 0.65 * plain.parameters
     assert narrow.file_bytes < 0.7 * plain.file_bytes
     assert narrow.bound.upper <= 0.05
     small = next(one for one in shrunk.candidates if one.name == shrunk.small)
     assert small.file_bytes == min(one.file_bytes for one in shrunk.candidates if one.kept and one.file_bytes)
-    assert shrunk.shipped not in ("fp32", "int8")
+    assert shrunk.shipped not in ("fp32", "int8", "weights")
     loaded = delest.load(shrinkable, Network)
     assert sum(parameter.numel() for parameter in loaded.parameters()) == next(
         one.parameters for one in shrunk.candidates if one.name == shrunk.shipped
@@ -96,7 +96,7 @@ def test_a_wish_that_nothing_meets_ships_the_nearest_and_says_so(shrinkable):
 
 def test_without_time_the_network_keeps_its_widths(shrinkable):
     shrunk = shrink(shrinkable, time=0)
-    assert [candidate.name for candidate in shrunk.candidates] == ["torch", "fp32", "int8"]
+    assert [candidate.name for candidate in shrunk.candidates] == ["torch", "fp32", "int8", "weights"]
     assert not (shrinkable / "shrinking").exists()
 
 
