@@ -58,6 +58,8 @@ bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmark
 	$(BENCH)/bin/python benchmarks/throughput.py
 	$(BENCH)/bin/python benchmarks/planning_time.py
 	$(BENCH)/bin/python benchmarks/peers.py
+	$(BENCH)/bin/python benchmarks/structure.py
+	$(BENCH)/bin/python benchmarks/prune_resnet50.py
 	$(BENCH)/bin/python benchmarks/hooks.py
 	$(if $(PUBLISHED),$(BENCH)/bin/python benchmarks/published.py --data $(PUBLISHED))
 

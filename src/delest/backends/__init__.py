@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from delest.job import Job
     from delest.records.batch import Batch, Outputs, State, Step
     from delest.records.plan import Plan
+    from delest.records.pruning import Layer, Width
     from delest.records.source import Schema
 
 
@@ -70,3 +73,35 @@ class Backend(Protocol):
 
     def export(self, session: Session, inputs: Any, path: Path) -> None:
         """Write the bare network as ONNX with a dynamic batch. `inputs` are two rows as the model receives them, NumPy."""
+
+    def pruner(self, session: Session, job: Job, architecture: Mapping[str, Any] | None, inputs: Any) -> Pruner:
+        """What makes a copy of a session's network narrower, which is by `architecture` narrower already than the job's factory builds it."""
+
+    def narrower(self, job: Job, schema: Schema, architecture: Mapping[str, Any]) -> Job:
+        """The job with a factory of the narrower network."""
+
+    def student(self, job: Job, plan: Plan, schema: Schema, teacher: Session, *, rows: int, keep: bool) -> Session:
+        """A session that learns from targets and from the answers of a trained session, kept by row number below `rows` with `keep`."""
+
+
+class Pruner(Protocol):
+    """A network being cut; names, NumPy and JSON, no tensors."""
+
+    @property
+    def widths(self) -> tuple[Width, ...]:
+        """What can be made narrower."""
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """Layers with parameters, as a forward pass saw them."""
+
+    def score(self, feed: Any, batches: int) -> dict[str, NDArray]:
+        """What each unit is worth, float64 [units] by width."""
+
+    def cut(self, cuts: Mapping[str, Sequence[int]]) -> None: ...
+
+    def architecture(self) -> dict[str, Any]:
+        """How the network differs from what the factory builds, as JSON."""
+
+    def weights(self) -> dict[str, NDArray]:
+        """Parameters and buffers by name."""
