@@ -23,6 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "records": {"errors"},
     "units": {"errors"},
     "malloc": {"errors"},
+    "detection": set(),
     "metrics": {"errors", "records"},
     "job": {"errors", "records", "metrics"},
     "storage": {"errors", "records"},
