@@ -3,10 +3,10 @@ from __future__ import annotations
 import copy
 from functools import partial
 
-import networks
+import prunable
 import pytest
 import torch
-from networks import IMAGES, SIGNALS, TOKENS
+from prunable import IMAGES, SIGNALS, TOKENS
 from torch import nn
 
 from delest import errors
@@ -14,14 +14,14 @@ from delest.backends.torch.pruning.architecture import describe, rebuild, shapes
 from delest.backends.torch.pruning.widths import cut, find_widths, score_units
 
 KINDS = {
-    "residual": (networks.Residual, IMAGES, {"first", "inner"}),
-    "grouped": (partial(networks.Residual, groups=4), IMAGES, {"first", "inner"}),
-    "depthwise": (networks.Depthwise, IMAGES, {"widen", "narrow"}),
-    "attention": (networks.Transformer, TOKENS, {"attention", "inner"}),
-    "fused": (partial(networks.Transformer, fused=True), TOKENS, {"attention", "inner"}),
-    "shared keys": (partial(networks.Transformer, shared=2), TOKENS, {"attention", "inner"}),
-    "lstm": (networks.Recurrent, SIGNALS, {"recurrent"}),
-    "gru of both directions": (partial(networks.Recurrent, nn.GRU, both=True), SIGNALS, {"recurrent"}),
+    "residual": (prunable.Residual, IMAGES, {"first", "inner"}),
+    "grouped": (partial(prunable.Residual, groups=4), IMAGES, {"first", "inner"}),
+    "depthwise": (prunable.Depthwise, IMAGES, {"widen", "narrow"}),
+    "attention": (prunable.Transformer, TOKENS, {"attention", "inner"}),
+    "fused": (partial(prunable.Transformer, fused=True), TOKENS, {"attention", "inner"}),
+    "shared keys": (partial(prunable.Transformer, shared=2), TOKENS, {"attention", "inner"}),
+    "lstm": (prunable.Recurrent, SIGNALS, {"recurrent"}),
+    "gru of both directions": (partial(prunable.Recurrent, nn.GRU, both=True), SIGNALS, {"recurrent"}),
 }
 
 
@@ -31,7 +31,7 @@ def build(factory):
 
 
 def runner(shape):
-    given = networks.inputs(shape)
+    given = prunable.inputs(shape)
     return lambda network: network(given)
 
 
@@ -70,7 +70,7 @@ def test_a_cut_network_is_built_again_from_its_architecture(kind, tmp_path):
 
 
 def test_units_that_no_weight_takes_in_are_worth_nothing_and_the_others_something():
-    model, run = build(networks.Residual), runner(IMAGES)
+    model, run = build(prunable.Residual), runner(IMAGES)
     with torch.no_grad():
         model.outer.weight[:, 3] = 0
     target = torch.tensor([0, 1])
@@ -90,21 +90,21 @@ def test_a_score_is_the_squared_first_order_change_in_loss():
 
 
 def test_tied_weights_stay_tied():
-    model, run = build(partial(networks.Transformer, tied=True)), runner(TOKENS)
+    model, run = build(partial(prunable.Transformer, tied=True)), runner(TOKENS)
     widths = find_widths(model, run).widths
     cut(model, run, {width.name: [0] for width in widths})
     assert ties_of(model) == [["embedding.weight", "head.weight"]]
 
 
 def test_heads_of_which_nothing_is_known_are_kept_whole_with_the_reason():
-    model, run = build(networks.Fixed), runner(torch.Size((2, 9, 16)))
+    model, run = build(prunable.Fixed), runner(torch.Size((2, 9, 16)))
     found = find_widths(model, run)
     assert not found.widths
     assert found.whole
 
 
 def test_frozen_parameters_stay_frozen_and_modes_as_they_were():
-    model, run = build(networks.Residual).train(), runner(IMAGES)
+    model, run = build(prunable.Residual).train(), runner(IMAGES)
     model.first.requires_grad_(False)
     cut(model, run, {"inner": [0, 1]})
     assert model.training
@@ -113,13 +113,13 @@ def test_frozen_parameters_stay_frozen_and_modes_as_they_were():
 
 
 def test_another_network_is_not_taken_for_the_one_that_was_cut():
-    model, run = build(networks.Residual), runner(IMAGES)
+    model, run = build(prunable.Residual), runner(IMAGES)
     sizes, shapes = sizes_of(model), shapes_of(model)
     cut(model, run, {"inner": [0]})
     with pytest.raises(errors.BadInput, match="another network"):
-        rebuild(networks.Residual(24), describe(model, sizes, shapes))
+        rebuild(prunable.Residual(24), describe(model, sizes, shapes))
 
 
 def test_a_width_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="no width nowhere"):
-        cut(build(networks.Residual), runner(IMAGES), {"nowhere": [0]})
+        cut(build(prunable.Residual), runner(IMAGES), {"nowhere": [0]})

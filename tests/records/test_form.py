@@ -213,6 +213,7 @@ EXAMPLES: tuple[Any, ...] = (
     ),
     BOUND,
     CANDIDATE,
+    shrunk.Stage(name="pruned-1", accepted=False, why="it loses 0.03", parameters=7, seconds=2.5),
     shrunk.Shrunk(
         path=Path("runs/digits-001/shrunk"), shipped="int8", metric="accuracy", max_drop=0.005, candidates=(CANDIDATE,)
     ),

@@ -314,7 +314,9 @@ def _kept(model: nn.Module) -> Iterator[None]:
     frozen = [name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad]
     model.eval().requires_grad_(True)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch_pruning")
+            yield
     finally:
         for module, mode in modes:
             module.training = mode
