@@ -67,9 +67,17 @@ def shrink(
         report(folder)
         raise
     except errors.Interrupted as stopped:
-        raise errors.Interrupted(stopped.signal_number, f"delest shrink {shlex.quote(str(folder))}") from None
+        raise errors.Interrupted(
+            stopped.signal_number, _again(folder, max_drop=max_drop, latency=latency, size=size, time=time, threads=threads)
+        ) from None
     report(folder)
     return shrunk
+
+
+def _again(folder: Path, **given: Any) -> str:
+    """The command that goes on with an interrupted shrink: with the same wishes, or its journal would begin anew."""
+    options = (f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)
+    return f"delest shrink {shlex.quote(str(folder))}{''.join(options)}"
 
 
 def shrink_trained(
@@ -132,7 +140,7 @@ def _ladder(trained: Trained, seconds: float, threads: int, say: Progress) -> An
             backend=backend(place.job),
             job=place.job,
             plan=plan,
-            feeds={role: place.feed(role) for role in place.splits},
+            feeds={role: place.feed(role, augmented=role == "train") for role in place.splits},
             judging=judging,
             metric=place.metric,
             allowed=allowed,

@@ -76,12 +76,14 @@ def of_classes(outputs: Tensor, answer: Tensor, targets: Tensor, objective: str)
     """Distance of class scores, [B, K, ...] both or one score a row."""
     if outputs.ndim == 1 or outputs.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(outputs, answer.sigmoid())
+    if outputs.shape[1] == 2:  # z-scores of two are always the same: only their difference says anything
+        return F.binary_cross_entropy_with_logits(outputs[:, 1] - outputs[:, 0], (answer[:, 1] - answer[:, 0]).sigmoid())
     return OBJECTIVES[objective](outputs, answer, targets)
 
 
 def of_numbers(outputs: Tensor, answer: Tensor) -> Tensor:
     """Mean squared distance in units of the teacher's own variance."""
-    return F.mse_loss(outputs, answer) / answer.var().clamp_min(1e-12)
+    return F.mse_loss(outputs, answer) / answer.var(correction=0).clamp_min(1e-12)
 
 
 def _divergence(outputs: Tensor, answer: Tensor, temperature: float) -> Tensor:
