@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from delest.training.evaluate import Evaluation
 
 _Z = 1.645  # one-sided 95 % of the normal distribution
+_NONE = 3.0  # -ln 5 %: of so many divided by a share, one is seen in 95 % of cases (the rule of three)
+_FEW = 20  # rows that are worse, up to which their share is bounded exactly
 
 
 def paired_bound(reference_rows: NDArray, candidate_rows: NDArray, higher_is_better: bool) -> Bound:
     """One-sided 95 % bound on the drop of a metric that is a mean over rows: drop + 1.645 * sqrt(variance / rows).
 
-    Both are float [N], the metric's value of each row, rows in the same order.
+    Both are float [N], the metric's value of each row, rows in the same order. Where few rows are worse the normal distribution promises too
+    much: the bound is then at least the exact one on their share (Clopper and Pearson, 1934), times the most that a row lost, less what others gained.
     """
     worse = np.asarray(reference_rows, np.float64) - np.asarray(candidate_rows, np.float64)
     if not higher_is_better:
@@ -29,7 +32,19 @@ def paired_bound(reference_rows: NDArray, candidate_rows: NDArray, higher_is_bet
     rows = len(worse)
     spread = math.sqrt(worse.var(ddof=1) / rows) if rows > 1 else math.inf
     drop = float(worse.mean())
-    return Bound(drop=drop, upper=drop + _Z * spread, rows=rows, disagreeing=float((worse != 0).mean()))
+    lost, gained = worse[worse > 0], worse[worse < 0]
+    exact = _largest_share(len(lost), rows) * lost.max() + gained.sum() / rows if 0 < len(lost) <= _FEW else -math.inf
+    return Bound(drop=drop, upper=max(drop + _Z * spread, exact), rows=rows, disagreeing=float((worse != 0).mean()))
+
+
+def _largest_share(count: int, rows: int) -> float:
+    """The share of which `count` or fewer are seen among `rows` in one case of twenty."""
+    low, high = count / rows, 1.0
+    for _ in range(60):
+        share = (low + high) / 2
+        seen = sum(math.comb(rows, k) * share**k * (1 - share) ** (rows - k) for k in range(count + 1))
+        low, high = (share, high) if seen > 0.05 else (low, share)
+    return high
 
 
 def resampled_bound(
@@ -74,10 +89,10 @@ def bound_drop(metric: Metric, reference: Evaluation, candidate: Evaluation) -> 
 def rows_needed(bound: Bound, max_drop: float) -> int | None:
     """How many rows would prove that the drop is at most `max_drop`, if they were like those seen; None: no number would.
 
-    Where no row differs, the variance seen is 0 and proves nothing: then as many as keep one differing row within the bound.
+    Where no row differs, the variance seen is 0 and proves nothing: then as many as would show one differing row in 95 % of cases.
     """
     if bound.disagreeing == 0:
-        return math.ceil(_Z / max_drop) if max_drop > 0 else None
+        return math.ceil(_NONE / max_drop) if max_drop > 0 else None
     if bound.drop >= max_drop or not math.isfinite(bound.upper):
         return None
     return max(1, math.ceil(bound.rows * ((bound.upper - bound.drop) / (max_drop - bound.drop)) ** 2))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delest import errors, storage
+from delest import __version__, errors, storage
 from delest.records.form import to_plain
 from delest.records.shrunk import Bound, Stage
 from delest.shrinking.acceptance import loses
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 KEEP, GENTLER = 0.6, 0.8  # share of the parameters that a rung leaves, and after one that failed
 RUNGS = 8
+LEAST_EPOCHS = 0.5  # of training, without which a rung is not begun
 OF_TIME, OF_RUNG = 0.5, 0.4  # of the time for all rungs, and of what is left of that for one
 SCORED_BATCHES = 24
 DISTILLING = 1.35  # times an epoch of plain training, where the teacher answers as well
@@ -58,21 +59,37 @@ class Ladder:
     epoch_seconds: float  # of plain training of the trained network
     threads: int
     say: Progress
+    weights_sha256: str | None = None  # of the trained network
     stages: list[Stage] = field(default_factory=list)
+    interrupted: errors.Interrupted | None = None  # by which climbing ended
 
     def climb(self) -> list[Network]:
         """The networks that kept the accuracy, narrower and narrower, and the rival of the last where it kept it too.
 
-        Raises `Interrupted`; what was decided is kept.
+        A signal ends it: `interrupted` then says so, what was kept so far is returned, and who climbs again goes on.
         """
+        accepted = [self.trained]
+        try:
+            self._climb(accepted)
+        except errors.Interrupted as stopped:
+            self.interrupted = stopped
+            self.say.note("interrupted: what was kept so far is measured and shipped; a second time ends it at once")
+        return accepted[1:]
+
+    def _climb(self, accepted: list[Network]) -> None:
         self._open_journal()
         self._reference = evaluate(self.trained.session, self.judging, self.metric)
         self._step = suitable_step(self.threads)
-        accepted, keep, failed, spent = [self.trained], KEEP, 0, 0.0
+        keep, failed, spent = KEEP, 0, 0.0
         for number in range(1, RUNGS + 1):
             begun = self._begun(f"pruned-{number}")
             share = (self.seconds * OF_TIME - spent) * OF_RUNG
-            if begun is None and share < min(self.epoch_seconds * DISTILLING, self.seconds * OF_TIME / 8):
+            least = LEAST_EPOCHS * self.epoch_seconds * DISTILLING
+            if begun is None and share < least:
+                if number == 1:
+                    self.say.note(
+                        f"the time is too short to teach a narrower network: give --time {least / OF_TIME / OF_RUNG + 1:.0f}s or more"
+                    )
                 break
             facts = begun or {"from": accepted[-1].name, "remove": 1 - keep, "seconds": share}
             network, stage = self._rung(f"pruned-{number}", accepted[-1], facts)
@@ -89,7 +106,6 @@ class Ladder:
         if len(accepted) > 1:
             rival = self._rival(accepted[-1], spent)
             accepted += [rival] if rival is not None else []
-        return accepted[1:]
 
     # One rung
 
@@ -200,7 +216,8 @@ class Ladder:
 
     def _open_journal(self) -> None:
         """Go on with the journal of these very settings, or begin anew."""
-        settings = {"kind": "settings", "name": "", "allowed": self.allowed, "seconds": self.seconds}
+        settings: dict[str, Any] = {"kind": "settings", "name": "", "allowed": self.allowed, "seconds": self.seconds}
+        settings |= {"weights": self.weights_sha256, "delest": __version__}
         if storage.read_lines(self._journal)[:1] != [settings]:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()

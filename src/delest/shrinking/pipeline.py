@@ -146,7 +146,11 @@ def shrink_run(
         forms |= _quantize(work, trained)
         climbed = ladder(trained, work.judging, work.allowed) if ladder is not None else None
         for network in climbed.climb() if climbed is not None else ():
-            forms[network.form("fp32")] = _export(work, backend, network, None)
+            try:
+                forms[network.form("fp32")] = _export(work, backend, network, None)
+            except (errors.BadInput, errors.CheckFailed) as error:  # the other networks are there
+                forms[network.form("fp32")] = _Form(network=network, fault=str(error))
+                continue
             forms |= _quantize(work, network)
         candidates = _measure(work, forms, reference, batch_sizes)
         shrunk, missed = _ship(
@@ -156,6 +160,8 @@ def shrink_run(
         replace_folder(temporary / "shrunk", folder / "shrunk")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    if climbed is not None and climbed.interrupted is not None:
+        raise climbed.interrupted
     if missed is not None:
         raise errors.AccuracyNotMet(missed)
     return shrunk
@@ -321,12 +327,23 @@ def _ship(
         small=small.name,
         stages=stages,
     )
-    changed = {"form": ships.name, "int8_layers": list(form.layers), **(form.network.architecture or {})}
-    storage.write_json(model.folder / "architecture.json", changed)
+    _describe(model.folder, ships.name, form)
     storage.write_json(model.folder / "shrink.json", shrunk)
     for name in {fast.name, small.name} - {ships.name}:  # which are other points of the same frontier
-        shutil.copytree(forms[name].model.folder, model.folder / name)  # type: ignore[union-attr]
+        _point(work, name, forms[name], model.folder / name)
     return shrunk, missed
+
+
+def _point(work: _Work, name: str, form: _Form, folder: Path) -> None:
+    """A form in a folder of its own, with the weights of a narrower network."""
+    weights = None if form.network.architecture is None else form.network.session.weights()
+    write_bundle(folder, work.network(name), work.preprocessing, name=work.name, metric=work.metric.name, weights=weights)
+    _describe(folder, name, form)
+
+
+def _describe(folder: Path, name: str, form: _Form) -> None:
+    changed = {"form": name, "int8_layers": list(form.layers), **(form.network.architecture or {})}
+    storage.write_json(folder / "architecture.json", changed)
 
 
 def _time(work: _Work, models: Mapping[str, Model], size: int) -> dict[str, tuple[float, float, float]]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from delest.records.pruning import Width
 
-FEW = 32  # units below which a width is cut in steps of a quarter
+FEW = 4  # steps that a width must have, or it is cut by quarters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class _State:
         left = width.size - self.gone[width.name]
         if width.kind == "heads" or width.unit > 1:
             return 1 if left > 1 else 0
-        step = self.step if width.size >= FEW else max(1, min(self.step, width.size // 4))
+        step = self.step if width.size >= FEW * self.step else max(1, width.size // 4)
         units = left % step or step
         return units if left - units >= step else 0
 

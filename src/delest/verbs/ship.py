@@ -148,6 +148,7 @@ def _ladder(trained: Trained, seconds: float, threads: int, say: Progress) -> An
             epoch_seconds=epoch,
             threads=threads,
             say=say,
+            weights_sha256=run.weights_sha256,
         )
 
     return ladder
@@ -193,7 +194,10 @@ def load(path: str | Path, factory: Callable[..., Any] | None = None) -> Any:
     from delest.records.form import from_json, read_object
 
     given = Path(path)
-    folder = next((one for one in (given, given / "shrunk", given / "bundle") if (one / "weights.safetensors").exists()), None)
+    places = [given, given / "shrunk", given / "bundle"]
+    if (given / "bundle.json").exists():  # a form of the trained network, whose weights are those of the run's bundle
+        places += [parent / "bundle" for parent in given.resolve().parents[:2]]
+    folder = next((one for one in places if (one / "weights.safetensors").exists()), None)
     if folder is None:
         raise errors.BadInput(
             f"{given} holds no weights.safetensors: give a run that was shrunk, or its bundle/ or shrunk/ folder."

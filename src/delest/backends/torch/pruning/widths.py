@@ -174,6 +174,8 @@ def _of_channels(graph: Any, members: Any, names: Mapping[nn.Module, str], insid
         together = max(together, _together(graph, module, out))
         exact = exact and not isinstance(module, _NORMS) and not is_scale(module)
         sides.append((name, side))
+        if isinstance(module, nn.RNNBase) and side == "out":  # what it makes it takes in again
+            sides.append((name, "in"))
         if taken_in(module, side):
             if item.root_idxs is None or any(index is None for index in item.root_idxs):
                 return f"it is not known which channels of {name} are its own"
