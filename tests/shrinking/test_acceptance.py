@@ -53,7 +53,7 @@ NOISY = {"latency_seconds": {1: 0.010, 32: 0.090}, "latency_spread": {1: (0.009,
         ),
         ({"bound": Bound(drop=0.001, upper=0.009, rows=1000, disagreeing=0.03)}, False, "about 4,000 selection rows"),
         ({"bound": Bound(drop=0.0, upper=0.0, rows=100, disagreeing=0.0)}, False, "no row differs on 100 rows"),
-        ({"bound": Bound(drop=0.0, upper=0.0, rows=400, disagreeing=0.0)}, True, "file 2.5 times smaller"),
+        ({"bound": Bound(drop=0.0, upper=0.0, rows=600, disagreeing=0.0)}, True, "file 2.5 times smaller"),
     ],
 )
 def test_a_form_ships_where_it_is_proven_and_pays(changes, kept, why):

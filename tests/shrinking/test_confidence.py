@@ -100,5 +100,17 @@ def test_rows_needed_prove_the_drop():
 
 def test_no_disagreement_on_few_rows_proves_nothing():
     bound = paired_bound(np.ones(20), np.ones(20), True)
-    assert rows_needed(bound, 0.005) == 329
+    assert rows_needed(bound, 0.005) == 600  # 0.995**600 is 5 %
     assert rows_needed(bound, 0.0) is None
+
+
+def test_few_rows_that_are_worse_are_bounded_exactly():
+    """One of 150 is seen in one case of twenty where 3.12 % are worse (Clopper and Pearson); the normal distribution would say 1.8 %."""
+    answers = np.ones(150)
+    answers[7] = 0
+    assert paired_bound(np.ones(150), answers, True).upper == pytest.approx(0.0312, abs=1e-4)
+    errors = 1 - answers
+    assert paired_bound(np.zeros(150), errors, False).upper == pytest.approx(0.0312, abs=1e-4)
+    before = np.ones(150)
+    before[:2] = 0  # two that were wrong are right now
+    assert paired_bound(before, answers, True).upper == pytest.approx(0.0312 - 2 / 150, abs=1e-4)

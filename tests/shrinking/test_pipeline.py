@@ -101,11 +101,13 @@ def test_what_is_written_agrees_with_what_is_returned(tmp_path, digits):
     shrunk, _ = shrink(tmp_path, digits)
     assert read_json(Shrunk, tmp_path / "shrunk" / "shrink.json") == shrunk
     architecture = json.loads((tmp_path / "shrunk" / "architecture.json").read_text())
-    assert architecture == {"format": 1, "form": "int8", "int8_layers": ["first", "second", "head"]}
+    assert architecture["form"] == shrunk.shipped
+    stored, computed = architecture["int8_weights"], architecture["int8_layers"]
+    assert (computed, stored) == ((["first", "second", "head"], []) if shrunk.shipped == "int8" else ([], ["second"]))
     small, plain = load(tmp_path / "shrunk"), load(tmp_path / "bundle")
     assert evaluate(small, digits.feeds["test"], ACCURACY).score == shrunk.test["accuracy"]
     assert evaluate(plain, digits.feeds["selection"], ACCURACY).score == candidates(shrunk)["fp32"].selection["accuracy"]
-    assert (tmp_path / "shrunk" / "model.onnx").stat().st_size == candidates(shrunk)["int8"].file_bytes
+    assert (tmp_path / "shrunk" / "model.onnx").stat().st_size == candidates(shrunk)[shrunk.shipped].file_bytes
     assert (tmp_path / "bundle" / "model.onnx").stat().st_size == candidates(shrunk)["fp32"].file_bytes
     assert (tmp_path / "bundle" / "weights.safetensors").exists()
     assert not (tmp_path / "shrunk" / "weights.safetensors").exists()

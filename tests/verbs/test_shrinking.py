@@ -107,7 +107,7 @@ def test_what_cannot_be_proven_is_taken_back(shrinkable, monkeypatch):
     assert not any(name.startswith("pruned") for name in (one.name for one in shrunk.candidates))
 
 
-def test_an_interrupted_shrink_goes_on_with_what_was_decided(shrinkable, monkeypatch):
+def test_an_interrupted_shrink_ships_what_was_kept_and_goes_on_with_what_was_decided(shrinkable, monkeypatch):
     train, trained = ladder.Trainer.train, []
 
     def interrupted(self):
@@ -119,6 +119,8 @@ def test_an_interrupted_shrink_goes_on_with_what_was_decided(shrinkable, monkeyp
     monkeypatch.setattr(ladder.Trainer, "train", interrupted)
     with pytest.raises(errors.Interrupted, match="delest shrink r --max-drop 0.05 --time 6s --threads 1"):
         shrink(shrinkable)
+    architecture = json.loads((shrinkable / "shrunk" / "architecture.json").read_text())
+    assert architecture["form"].startswith("pruned-1")
     journal = [json.loads(line) for line in (shrinkable / "shrinking" / "decisions.jsonl").read_text().splitlines()]
     assert [(line["kind"], line["name"]) for line in journal][1:4] == [
         ("begun", "pruned-1"),
@@ -130,6 +132,17 @@ def test_an_interrupted_shrink_goes_on_with_what_was_decided(shrinkable, monkeyp
     assert trained[:3] == ["pruned-1", "pruned-2", "pruned-2"]
     assert (shrinkable / "shrinking" / "pruned-2" / "architecture.json").read_text() == cut
     assert shrunk.stages[0].seconds == journal[2]["seconds"]
+    for name in {shrunk.fast, shrunk.small} - {shrunk.shipped}:
+        assert delest.load(shrinkable / "shrunk" / name, Network) is not None
+
+
+def test_time_that_is_too_short_for_half_an_epoch_says_what_would_do(shrinkable):
+    notes = []
+    said = Progress()
+    said.note = notes.append
+    shrunk = shrink(shrinkable, time=0.001, say=said)
+    assert not shrunk.stages
+    assert any("too short to teach a narrower network: give --time" in note for note in notes)
 
 
 def test_bad_lengths_and_sizes_are_named(shrinkable):

@@ -173,7 +173,7 @@ class _Form:
 
     network: Network
     model: Model | None = None
-    layers: tuple[str, ...] = ()  # in int8
+    layers: tuple[str, ...] = ()  # in int8, or stored so
     fault: str = ""  # why there is no model
 
 
@@ -342,7 +342,10 @@ def _point(work: _Work, name: str, form: _Form, folder: Path) -> None:
 
 
 def _describe(folder: Path, name: str, form: _Form) -> None:
-    changed = {"form": name, "int8_layers": list(form.layers), **(form.network.architecture or {})}
+    """What changed: which layers compute in int8, or whose weights are only stored so, and where the network is narrower."""
+    stored = name.endswith("weights")
+    layers = {"int8_layers": [] if stored else list(form.layers), "int8_weights": list(form.layers) if stored else []}
+    changed = {"form": name, **layers, **(form.network.architecture or {})}
     storage.write_json(folder / "architecture.json", changed)
 
 
