@@ -82,6 +82,7 @@ def prepare(
             yield running
         finally:
             end_tree(process)
+            running.close()
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,9 @@ class Running:
     def give(self, arguments: dict[str, Any]) -> None:
         """The arguments, once, for which it waits; a process that is gone by then says so in `answer`."""
         self.send(arguments)
+        self.close()
+
+    def close(self) -> None:
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()

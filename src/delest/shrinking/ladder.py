@@ -164,11 +164,11 @@ class Ladder:
                 self._train(name, session, seconds)
             except errors.Diverged as error:
                 return self._noted(name, session, began, architecture, False, str(error))
-        session.load_weights(Arrays(folder / "best.safetensors"))
+        if before is None or before["accepted"]:  # one that diverged may have no weights
+            session.load_weights(Arrays(folder / "best.safetensors"))
         if before is not None:
-            return Network(name=name, session=session, parameters=session.parameters(), architecture=architecture), Stage(
-                **before
-            )
+            network = Network(name=name, session=session, parameters=session.parameters(), architecture=architecture)
+            return network, Stage(**before)
         result = evaluate(session, self.judging, self.metric)
         bound = bound_drop(self.metric, self._reference, result)
         why = loses(bound, self.allowed)
