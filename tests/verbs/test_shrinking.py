@@ -136,6 +136,17 @@ def test_an_interrupted_shrink_ships_what_was_kept_and_goes_on_with_what_was_dec
         assert delest.load(shrinkable / "shrunk" / name, Network) is not None
 
 
+def test_a_rung_that_diverges_is_taken_back_and_gone_on_from(shrinkable, monkeypatch):
+    def diverges(self):
+        raise errors.Diverged("the loss is nan")
+
+    monkeypatch.setattr(ladder.Trainer, "train", diverges)
+    for _ in range(2):  # the second time from the journal: no weights were written
+        shrunk = shrink(shrinkable)
+        assert [(stage.accepted, stage.why) for stage in shrunk.stages] == [(False, "the loss is nan")] * 2
+        assert not any(one.name.startswith("pruned") for one in shrunk.candidates)
+
+
 def test_time_that_is_too_short_for_half_an_epoch_says_what_would_do(shrinkable):
     notes = []
     said = Progress()
