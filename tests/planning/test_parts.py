@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch import nn
 
+from delest import methods
 from delest.backends.torch.loops import JobLoop
 from delest.backends.torch.trace import trace_loop
 from delest.footprint import heap
 from delest.footprint.composition import Lives
 from delest.job import Job, Recipe
 from delest.planning import traced
-from delest.planning.candidates import Judge
+from delest.planning.blocks import Block
+from delest.planning.candidates import Judge, all_candidates
 from delest.planning.parts import evaluation_rows, find_head, in_chunks, in_layers
 from delest.planning.request import EXACT, Request
 from delest.records.batch import Batch
@@ -172,3 +174,21 @@ def test_what_a_model_does_not_take_is_said_in_its_words() -> None:
     why = {one.method: one.why for one in plan.rejected}
     assert why["chunked_loss"] == "chunked_loss is not for this model"
     assert not {"chunked_loss", "layered_accumulation"} & {name for one in plan.frontier for name in one.methods}
+
+
+def test_no_block_around_the_layer_of_a_chunked_loss_is_recomputed(monkeypatch) -> None:
+    """Each combination that is compared can be applied."""
+    wanted = job(wording, WORDS)
+    plain = tracing(wanted)(())
+    judge = Judge(plain, request(1, wanted), ROOFLINE)
+    blocks = [Block(name, MIB, 0.01) for name in ("2.0", "3")]
+    monkeypatch.setattr(Judge, "blocks", lambda self, trace, rows: blocks)
+    found = [{one.method: one.config for one in candidate.choices} for candidate in all_candidates(plain, (), judge)]
+    assert all(not methods.conflicts(configs) for configs in found)
+    recomputed = [
+        configs["activation_checkpointing"]["modules"]
+        for configs in found
+        if {"chunked_loss", "activation_checkpointing"} <= set(configs)
+    ]
+    assert recomputed
+    assert all(names == ["2.0"] for names in recomputed)

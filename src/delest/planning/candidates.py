@@ -119,7 +119,7 @@ def all_candidates(
             rows = math.ceil(request.job.batch_size / parts)
             grown, seconds = judge.bytes(trace, rows, chosen), judge.seconds(trace, rows)
             found.append(Candidate(chosen, rows, grown, seconds))
-            blocks = judge.blocks(trace, rows)
+            blocks = [block for block in judge.blocks(trace, rows) if _may_recompute(block, configs)]
             if parts == 1:
                 found += _layered(trace, chosen, blocks, seconds, judge)
             wanted = {choose_blocks(blocks, grown - request.most_grown_bytes), tuple(block.name for block in blocks)}
@@ -134,6 +134,11 @@ def all_candidates(
                     )
                 )
     return sorted(found, key=lambda one: one.seconds)
+
+
+def _may_recompute(block: Block, configs: Mapping[str, dict[str, Any]]) -> bool:
+    """Whether a block goes with the other methods: one around the layer whose outputs go into a chunked loss does not."""
+    return not methods.conflicts({**configs, "activation_checkpointing": {"modules": [block.name]}})
 
 
 def _layered(
