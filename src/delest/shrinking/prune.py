@@ -31,7 +31,7 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """When to stop: where both are given, when both are reached."""
+    """When to stop: where both are given, when both are reached; seconds count for nothing where none were measured."""
 
     parameters: float | None = None  # share of all parameters that is to go
     seconds: float | None = None  # share of the measured seconds that is to go
@@ -57,11 +57,12 @@ def choose_units(
 ) -> Choice:
     """The units to cut. `scores` are float [units] by width; `step` is of how many channels what is left should be a multiple.
 
-    `favour_seconds`, from 0 to 1, weighs measured seconds against parameters.
+    `favour_seconds`, from 0 to 1, weighs measured seconds against parameters; where the wish names both, what is further from its goal weighs more.
     """
     state = _State(widths, scores, costs, step)
     while not state.reached(wish):
-        best = min(state.steps(wish.most), key=lambda one: state.price(one[0], one[1], favour_seconds), default=None)
+        favour = state.favour(wish, favour_seconds)
+        best = min(state.steps(wish.most), key=lambda one: state.price(one[0], one[1], favour), default=None)
         if best is None:  # all widths are as narrow as they may be
             break
         state.take(*best)
@@ -89,7 +90,17 @@ class _State:
 
     def reached(self, wish: Wish) -> bool:
         enough_parameters = wish.parameters is None or self.lost(self.costs.parameters, self.all_parameters) >= wish.parameters
-        return enough_parameters and (wish.seconds is None or self.lost(self.costs.seconds, self.all_seconds) >= wish.seconds)
+        if wish.seconds is None or not self.all_seconds:
+            return enough_parameters
+        return enough_parameters and self.lost(self.costs.seconds, self.all_seconds) >= wish.seconds
+
+    def favour(self, wish: Wish, otherwise: float) -> float:
+        """How much seconds weigh: by what is still missing of both goals."""
+        if not wish.parameters or not wish.seconds or not self.all_seconds:
+            return otherwise
+        missing_parameters = max(0.0, 1 - self.lost(self.costs.parameters, self.all_parameters) / wish.parameters)
+        missing_seconds = max(0.0, 1 - self.lost(self.costs.seconds, self.all_seconds) / wish.seconds)
+        return missing_seconds / (missing_parameters + missing_seconds)
 
     def steps(self, most: float) -> list[tuple[str, int]]:
         """The next step of each width that may still be cut: (name, units)."""
