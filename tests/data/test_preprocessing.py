@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from delest.data import Preprocessing, fit_preprocessing, open_source, preprocessing
+from delest.data import Preprocessing, fit_preprocessing, open_source, preprocessing, unscaled
 from delest.records.form import from_json, to_json
 
 RNG = np.random.default_rng(1)
@@ -169,3 +169,17 @@ def test_large_offsets_keep_their_resolution():
     _, fit, rows = fitted({"seconds": seconds, "other": np.ones(40), "target": LABELS}, np.arange(40))
     np.testing.assert_allclose(fit.inputs(rows)[:, 0], (seconds - seconds.mean()) / seconds.std(), atol=1e-5)
     assert fit.std["other"] == (1.0,)
+
+
+def test_unscaled_pixels_lie_between_0_and_1_and_numbers_stay_as_they_are():
+    pixels = RNG.integers(0, 256, (8, 4, 4, 3), dtype=np.uint8)
+    source = open_source((pixels, np.arange(8) % 2))
+    plain = unscaled(fit_preprocessing(source, np.arange(8)))
+    name = source.schema.inputs[0].name
+    np.testing.assert_allclose(plain.inputs(source.read(np.arange(8))), np.moveaxis(pixels, 3, 1) / 255, rtol=1e-6)
+    assert plain.std[name] == (255.0,) * 3
+    values, numbers = RNG.normal(5, 3, (8, 6)).astype(np.float32), RNG.normal(100, 9, 8).astype(np.float32)
+    source = open_source((values, numbers))
+    plain = unscaled(fit_preprocessing(source, np.arange(8)))
+    np.testing.assert_array_equal(plain.inputs(source.read(np.arange(8))), values)
+    np.testing.assert_array_equal(plain.targets(source.read(np.arange(8))), numbers)

@@ -107,6 +107,10 @@ SMALLER: Group = {
     "size": option(str, "--size", "what the file may take, as 2MB", "SIZE"),
     "time": option(str, "--time", "for narrower networks, as 10min; 0: none [as long as the training took]", "TIME"),
 }
+GIVEN: Group = {
+    "weights": option(str, "--weights", "safetensors of a network that was trained elsewhere", "FILE"),
+    "out": option(str, "--out", "its run folder [runs/NAME-001, counted up]", "FOLDER"),
+}
 THREADS: Group = {"threads": TRAINING["threads"]}
 JSON = option(bool, "--json", "print one JSON object on standard output, all else on standard error", undo=False)
 JobArgument = Annotated[

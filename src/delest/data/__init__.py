@@ -12,6 +12,7 @@ _HOMES = {
     "sample": "splitting",
     "Preprocessing": "preprocessing",
     "fit_preprocessing": "preprocessing",
+    "unscaled": "preprocessing",
     "summarise": "statistics",
     "Feed": "feed",
     "raw_rows": "feed",
@@ -28,13 +29,14 @@ __all__ = [
     "split",
     "summarise",
     "synthetic",
+    "unscaled",
 ]
 
 if TYPE_CHECKING:
     from delest.data.feed import Feed, raw_rows
     from delest.data.generated import synthetic
     from delest.data.opening import open_job, open_source
-    from delest.data.preprocessing import Preprocessing, fit_preprocessing
+    from delest.data.preprocessing import Preprocessing, fit_preprocessing, unscaled
     from delest.data.splitting import sample, split
     from delest.data.statistics import summarise
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +143,18 @@ def fit_preprocessing(source: Source, index: NDArray[int64], *, ids: bool = True
         image_size=getattr(source, "image_size", None),
         target_mean=float(target.result()[0][0]) if target else 0.0,
         target_std=float(target.result()[1][0]) if target else 1.0,
+    )
+
+
+def unscaled(fitted: Preprocessing) -> Preprocessing:
+    """The same without standardising, as a network that was trained elsewhere needs it: pixels from 0 to 1, numbers and targets as they are stored."""
+    pixels = {column.name for column in fitted.schema.inputs if column.kind == "image"}
+    return replace(
+        fitted,
+        mean={name: (0.0,) * len(values) for name, values in fitted.mean.items()},
+        std={name: ((255.0 if name in pixels else 1.0),) * len(values) for name, values in fitted.std.items()},
+        target_mean=0.0,
+        target_std=1.0,
     )
 
 

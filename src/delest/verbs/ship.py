@@ -19,10 +19,15 @@ if TYPE_CHECKING:
     from delest.shrinking.acceptance import Wish
     from delest.training.progress import Progress
 
+EPOCHS = 10  # for narrower networks of one that was trained elsewhere, where no time is given
+
 
 def shrink(
-    run: Run | str | Path,
+    run: Run | str | Path | Any,
+    data: Any = None,
     *,
+    weights: str | Path | None = None,
+    out: str | Path | None = None,
     max_drop: float = 0.005,
     latency: str | float | None = None,
     size: str | int | None = None,
@@ -30,14 +35,16 @@ def shrink(
     threads: int | None = None,
     say: Progress | None = None,
 ) -> Shrunk:
-    """Make a run's best model smaller and faster: prune and distil it within `time`, quantise, and ship what pays inside `max_drop`.
+    """Make a trained model smaller and faster: prune and distil it within `time`, quantise, and ship what pays inside `max_drop`.
 
+    `run` is a finished run, or what was trained elsewhere: a trained module with `data` (a `Job`, or what a job takes as data), or a `Job` (or its name) with
+    `weights`, a safetensors file. That becomes a run of its own, in `out`; its network receives pixels from 0 to 1, and numbers as they are stored.
     `max_drop` is the largest loss of the metric that the one-sided 95 % confidence bound on the selection split may allow: in
     its own unit (0.005 is half a point of accuracy), or as a share of the score for errors such as rmse. `latency` ("5ms", seconds) is what one row may take, `size` ("2MB", bytes)
     what the file may. `time` ("10min", seconds; None: as long as the training took) is for narrower networks; with 0 there are none.
     Begun again in the same run, it goes on where it was interrupted.
 
-    Raises `BadInput` where `run` is not a finished run, `CheckFailed` where the exported
+    Raises `BadInput` where `run` is neither, `CheckFailed` where the exported
     model does not answer like the trained one, `AccuracyNotMet` where nothing inside `max_drop` is as fast and small as was wished, `Interrupted`.
     """
     from delest.shrinking.acceptance import Wish
@@ -48,19 +55,12 @@ def shrink(
         latency_seconds=None if latency is None else units.read_seconds(latency),
         size_bytes=None if size is None else units.read_size(size, 1 << 40),
     )
-    folder = runs.find(run)
-    if runs.read(folder).status == "diverged":
-        raise errors.BadInput(
-            f"{folder} diverged, and its settings stay: start a new run with a lower --lr, or with --clip 1.0."
-        )
-    if runs.read(folder).status != "done":
-        raise errors.BadInput(
-            f"{folder} is {runs.read(folder).status}, not done: finish it with `delest train --out {folder} --resume`."
-        )
-    trained = restore(folder, say)
-    seconds = (
-        trained.run.seconds.get("training", 0.0) if time is None else 0.0 if time in (0, "0") else units.read_seconds(time)
-    )
+    trained = _trained(run, data, weights, out, threads, say)
+    folder, epoch = trained.run.path, _epoch_seconds(trained)
+    if time is None:
+        seconds = trained.run.seconds.get("training", 0.0) or EPOCHS * epoch
+    else:
+        seconds = 0.0 if time in (0, "0") else units.read_seconds(time)
     try:
         shrunk = shrink_trained(trained, max_drop=max_drop, threads=threads, say=say, seconds=seconds, wish=wish)
     except errors.AccuracyNotMet:
@@ -72,6 +72,42 @@ def shrink(
         ) from None
     report(folder)
     return shrunk
+
+
+def _trained(
+    run: Any, data: Any, weights: str | Path | None, out: str | Path | None, threads: int | None, say: Progress
+) -> Trained:
+    """What is to be made smaller: a finished run, or what becomes one."""
+    from delest.verbs.adoption import adopt, job_around
+
+    if weights is not None:
+        return adopt(jobs.load(run), weights, out=out, threads=threads, say=say)
+    if not isinstance(run, (Run, str, Path)):
+        return adopt(job_around(run, data), None, out=out, threads=threads, say=say)
+    if data is not None or out is not None:
+        raise errors.BadInput(
+            "a run has its data and its folder: `data`, `weights` and `out` are for what was trained elsewhere."
+        )
+    folder = runs.find(run)
+    status = runs.read(folder).status
+    if status == "diverged":
+        raise errors.BadInput(
+            f"{folder} diverged, and its settings stay: start a new run with a lower --lr, or with --clip 1.0."
+        )
+    if status != "done":
+        raise errors.BadInput(f"{folder} is {status}, not done: finish it with `delest train --out {folder} --resume`.")
+    return restore(folder, say)
+
+
+def _epoch_seconds(trained: Trained) -> float:
+    """Of training: as it was, or of what was trained elsewhere as it is planned."""
+    run = trained.run
+    if run.epochs:
+        return run.seconds.get("training", 0.0) / run.epochs
+    assert run.plan is not None
+    predicted = run.plan.predicted
+    step = None if predicted is None else predicted.step_seconds
+    return (step or 0.0) * trained.place.feed("train").steps
 
 
 def _again(folder: Path, **given: Any) -> str:
@@ -131,7 +167,7 @@ def _ladder(trained: Trained, seconds: float, threads: int, say: Progress) -> An
     place, run = trained.place, trained.run
     plan = run.plan
     assert plan is not None
-    epoch = run.seconds.get("training", 0.0) / max(1.0, run.epochs)
+    epoch = _epoch_seconds(trained)
 
     def ladder(network: Any, judging: Any, allowed: float) -> Ladder:
         return Ladder(

@@ -150,10 +150,10 @@ def _train_as_planned(place: Workplace, plan: Plan, folder: Path, settings: Sett
         if begin_with is not None:
             session.load_weights(begin_with)
     if not settings.resume:
-        folder = _start_folder(folder, place, plan, session, settings)
+        folder = start_folder(folder, place, plan, session, settings)
     trainer = build_trainer(place, session, folder, say)
     trainer.limits = replace(limits, memory_bytes=guarded_bytes(plan))
-    run = _began(folder, place, plan, session, preview)
+    run = began(folder, place, plan, session, preview)
     supervision.tell(folder, trainer.limits.memory_bytes)
     with limit.reported("the newest checkpoint was loaded"):
         resumed = settings.resume and trainer.resume(supervision.crash())
@@ -240,7 +240,7 @@ def _plan(place: Workplace, settings: Settings, folder: Path, say: Progress) -> 
     return plan_as_given(place, settings.plan, wishes, say)
 
 
-def _start_folder(folder: Path, place: Workplace, plan: Plan, session: Any, settings: Settings) -> Path:
+def start_folder(folder: Path, place: Workplace, plan: Plan, session: Any, settings: Settings) -> Path:
     """Claim the folder, or the next one where it is counted up and another run was faster."""
     from delest.training import checkpoints
 
@@ -261,7 +261,7 @@ def _start_folder(folder: Path, place: Workplace, plan: Plan, session: Any, sett
             folder = runs.place(None, place.job.title)
 
 
-def _began(folder: Path, place: Workplace, plan: Plan, session: Any, preview: dict[str, Any] | None) -> Run:
+def began(folder: Path, place: Workplace, plan: Plan, session: Any, preview: dict[str, Any] | None) -> Run:
     import platform
 
     import numpy
