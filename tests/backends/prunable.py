@@ -98,6 +98,98 @@ class Fixed(nn.Module):
         return self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).mean(1)
 
 
+class Tables(nn.Module):
+    """Tables of vectors beside numbers as they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(20, 16) for _ in range(2))
+        self.inner, self.head = nn.Linear(2 * 16 + 6, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, 6] -> [B, 5]
+        numbers = x.mean(1)
+        columns = (10 + 5 * numbers[:, :2]).long().clamp(0, 19)
+        first, second = (table(columns[:, place]) for place, table in enumerate(self.tables))
+        return self.head(torch.relu(self.inner(torch.cat([first, numbers, second], 1))))
+
+
+class Gated(nn.Module):
+    """Weights with a norm of their own; one half of the channels is a gate for the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = nn.utils.parametrizations.weight_norm
+        self.filter, self.mix = norm(nn.Conv1d(9, 32, 3, padding=1)), norm(nn.Conv1d(16, 16, 1))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 9, T] -> [B, 5]
+        signal, gate = self.filter(x).chunk(2, 1)
+        return self.head(self.mix(signal.tanh() * gate.sigmoid()).relu().mean(2))
+
+
+class Experts(nn.Module):
+    """Raw parameters in einsum, all experts weighted; a table that gives scores again, by its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.router = nn.Embedding(40, 16), nn.Linear(16, 3)
+        self.inner, self.outer = nn.Parameter(torch.randn(3, 16, 32) / 4), nn.Parameter(torch.randn(3, 32, 16) / 6)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, 40]
+        x = self.embedding(tokens)
+        hidden = functional.gelu(torch.einsum("bld,edh->eblh", x, self.inner))
+        mixed = torch.einsum("eblh,ehd,ble->bld", hidden, self.outer, self.router(x).softmax(-1))
+        return (x + mixed) @ self.embedding.weight.T
+
+
+class Translator(nn.Module):
+    """torch's own encoder and decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(40, 24)
+        self.transformer = nn.Transformer(24, 2, 1, 1, 48, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, 40]
+        states = self.embedding(tokens)
+        return functional.linear(self.transformer(states, states.flip(1)), self.embedding.weight)
+
+
+class Biased(nn.Module):
+    """Attention whose biases by position the first of them makes for all, as in T5."""
+
+    def __init__(self, first: bool, width: int = 24, heads: int = 4) -> None:
+        super().__init__()
+        self.n_heads, self.d_model, self.inner_dim = heads, width, width
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.table = nn.Embedding(14, heads) if first else None
+
+    def forward(self, x: Tensor, biases: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q, k, v = (layer(x).unflatten(2, (self.n_heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if biases is None:
+            assert self.table is not None
+            places = torch.arange(x.shape[1])
+            biases = self.table(places[None] - places[:, None] + x.shape[1]).permute(2, 0, 1)[None]
+        mixed = (q @ k.transpose(2, 3) + biases).softmax(-1) @ v
+        return self.o(mixed.transpose(1, 2).flatten(2)), biases
+
+
+class Handing(nn.Module):
+    """Two attentions with one table; two tables of words that are one tensor with a third, which is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.source, self.target = (nn.Embedding(40, 24) for _ in range(3))
+        self.first, self.second = Biased(True), Biased(False)
+        self.head, self.other = (nn.Linear(24, 40, bias=False) for _ in range(2))
+        self.source.weight = self.target.weight = self.words.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [B, T] -> [B, T, 40]
+        x, y = self.source(tokens), self.target(tokens.flip(1))
+        mixed, biases = self.first(x)
+        return self.head((x + mixed).relu()) + self.other(y + self.second(y, biases)[0])
+
+
 IMAGES, TOKENS, SIGNALS = torch.Size((2, 3, 8, 8)), torch.Size((2, 7)), torch.Size((2, 9, 6))
 
 

@@ -22,6 +22,11 @@ KINDS = {
     "shared keys": (partial(prunable.Transformer, shared=2), TOKENS, {"attention", "inner"}),
     "lstm": (prunable.Recurrent, SIGNALS, {"recurrent"}),
     "gru of both directions": (partial(prunable.Recurrent, nn.GRU, both=True), SIGNALS, {"recurrent"}),
+    "tables beside numbers": (prunable.Tables, SIGNALS, {"tables.0", "tables.1", "inner"}),
+    "normed and gated": (prunable.Gated, SIGNALS, {"filter", "mix"}),
+    "experts in einsum": (prunable.Experts, TOKENS, {"embedding", "inner"}),
+    "torch's transformer": (prunable.Translator, TOKENS, {"embedding"}),
+    "handed biases": (prunable.Handing, TOKENS, {"first", "second.q", "source", "target"}),
 }
 
 
@@ -52,6 +57,40 @@ def test_what_can_be_cut_is_found_and_cutting_is_as_silencing(kind):
     assert run(model).shape == outputs
     run(model).sum().backward()
     assert sum(parameter.numel() for parameter in model.parameters()) < 0.9 * parameters
+
+
+def silence(layer, attribute, dim, places):
+    setattr(layer, attribute, nn.Parameter(getattr(layer, attribute).detach().index_fill(dim, torch.tensor(places), 0.0)))
+
+
+def silence_normed(layer, dim, places):
+    layer.weight = layer.weight.detach().index_fill(dim, torch.tensor(places), 0.0)
+
+
+def width_of(layer, model, run):
+    return next(width.name for width in find_widths(model, run).widths if (layer, "out") in width.sides)
+
+
+SILENT = {
+    "tables beside numbers": ("tables.1", lambda model: silence(model.tables[1], "weight", 1, [1, 3])),
+    "normed and gated": ("filter", lambda model: silence_normed(model.mix, 1, [1, 3])),
+    "experts in einsum": ("inner", lambda model: silence(model, "outer", 1, [1, 3])),
+    "handed biases": (
+        "first",
+        lambda model: [silence(layer.o, "weight", 1, [*range(6, 12), *range(18, 24)]) for layer in (model.first, model.second)],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SILENT)
+def test_a_network_without_units_computes_what_it_does_with_them_silenced_by_hand(kind):
+    factory, shape, _ = KINDS[kind]
+    name, by_hand = SILENT[kind]
+    model, silenced, run = build(factory), build(factory), runner(shape)
+    cut(model, run, {name: [1, 3]})
+    by_hand(silenced)
+    assert torch.allclose(run(model), run(silenced), atol=1e-5)
+    assert sum(map(torch.numel, model.parameters())) < sum(map(torch.numel, silenced.parameters()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,11 +128,46 @@ def test_a_score_is_the_squared_first_order_change_in_loss():
     assert torch.allclose(score, gates.grad.double().square(), rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["tables beside numbers", "experts in einsum", "torch's transformer"])
+def test_layers_count_every_parameter_once(kind):
+    factory, shape, _ = KINDS[kind]
+    model = build(factory)
+    layers = find_widths(model, runner(shape)).layers
+    assert sum(layer.parameters for layer in layers.values()) == sum(map(torch.numel, model.parameters()))
+
+
 def test_tied_weights_stay_tied():
     model, run = build(partial(prunable.Transformer, tied=True)), runner(TOKENS)
     widths = find_widths(model, run).widths
     cut(model, run, {width.name: [0] for width in widths})
     assert ties_of(model) == [["embedding.weight", "head.weight"]]
+
+
+def test_a_tied_table_that_is_never_called_becomes_as_narrow_as_the_others():
+    model, run = build(prunable.Handing), runner(TOKENS)
+    cut(model, run, {width_of("source", model, run): range(8)})
+    assert model.words.weight is model.source.weight is model.target.weight
+    assert model.words.weight.shape == (40, 16)
+    assert model.words.embedding_dim == 16
+    assert model.first.d_model == 24  # only a number there: T5 scales by it
+
+
+def test_torchs_transformer_knows_its_new_width():
+    model, run = build(prunable.Translator), runner(TOKENS)
+    cut(model, run, {width_of("embedding", model, run): range(4)})
+    assert model.transformer.d_model == model.embedding.embedding_dim == 16
+
+
+def test_norms_of_weights_that_are_not_cut_stay_bit_for_bit():
+    model, run = build(prunable.Gated), runner(SIGNALS)
+    before = copy.deepcopy(model.state_dict())
+    model.filter.parametrizations.weight.original0.requires_grad_(False)
+    cut(model, run, {"mix": [2]})
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name.startswith("filter"))
+    assert after["mix.parametrizations.weight.original1"].shape == (15, 16, 1)
+    assert not model.filter.parametrizations.weight.original0.requires_grad
+    assert model.mix.parametrizations.weight.original0.requires_grad
 
 
 def test_heads_of_which_nothing_is_known_are_kept_whole_with_the_reason():

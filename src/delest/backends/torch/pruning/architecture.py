@@ -95,16 +95,23 @@ def ties_of(model: nn.Module) -> list[list[str]]:
     return [same for same in names.values() if len(same) > 1]
 
 
-def tie(model: nn.Module, ties: list[list[str]]) -> None:
-    """Make parameters one again that were before layers were cut apart. Raises `ValueError` where their shapes have become different."""
-    for first, *others in ties:
-        owner, attribute = _owner(model, first)
-        kept = getattr(owner, attribute)
-        for name in others:
-            owner, attribute = _owner(model, name)
-            if getattr(owner, attribute).shape != kept.shape:
-                raise ValueError(f"{first} and {name} are one tensor and would get different shapes")
+def tie(model: nn.Module, ties: list[list[str]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Make parameters one again that were before layers were cut apart. Those that still have one of these `shapes`, as a layer that is never called
+    is never cut, become what the others are.
+
+    Raises `ValueError` where cut ones have different shapes.
+    """
+    for names in ties:
+        owners = [_owner(model, name) for name in names]
+        tensors = [getattr(owner, attribute) for owner, attribute in owners]
+        cut = [tensor for tensor, name in zip(tensors, names, strict=True) if tuple(tensor.shape) != shapes[name]]
+        if len({tensor.shape for tensor in cut}) > 1:
+            raise ValueError(f"{' and '.join(names)} are one tensor and would get different shapes")
+        kept = (cut or tensors)[0]
+        for owner, attribute in owners:
             setattr(owner, attribute, kept)
+            if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+                owner.embedding_dim = kept.shape[1]
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from delest.backends.torch.pruning.layers import is_transposed_linear, keep
+from delest.backends.torch.pruning.observed import tensors
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 _SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
@@ -49,8 +50,9 @@ class Attention:
 
 def find_attentions(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Attention]:
     """Attentions with more than one head whose projections were recognised in a forward pass."""
-    calls = _calls(model, run)
-    found = [_attention(name, module, model, calls) for name, module in model.named_modules()]
+    modules = [(name, module) for name, module in model.named_modules() if _number(module, _HEADS) or _number(module, _SIZE)]
+    calls = _calls(model, run) if modules else []
+    found = [_attention(name, module, model, calls) for name, module in modules]
     inner = [one for one in found if one is not None]
     seen: set[str] = set()
     unique = []
@@ -60,6 +62,37 @@ def find_attentions(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[A
             unique.append(one)
     order = [name for name, _ in model.named_modules()]
     return sorted(unique, key=lambda each: order.index(each.name))
+
+
+def find_sharing(model: nn.Module, run: Callable[[nn.Module], Any], attentions: Sequence[Attention]) -> list[list[Attention]]:
+    """The attentions, those together that hand a tensor with one slice a head, [B, H, T, T], from one to the next (T5's biases by relative position, which
+    the first layer makes for all): of these the same heads go."""
+    if len(attentions) < 2:
+        return [[attention] for attention in attentions]
+    sharing = {attention.name: [attention] for attention in attentions}
+    first: dict[int, Attention] = {}
+    alive: list[Tensor] = []  # else another tensor might get the identity of one that has gone
+
+    def note(attention: Attention) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, named: Any, outputs: Any) -> None:
+            for tensor in tensors((inputs, named, outputs)):
+                if tensor.ndim == 4 and tensor.shape[1] == attention.heads:
+                    alive.append(tensor)
+                    other = first.setdefault(id(tensor), attention)
+                    if sharing[other.name] is not sharing[attention.name] and other.units == attention.units:
+                        merged = sharing[other.name] + sharing[attention.name]
+                        sharing.update({one.name: merged for one in merged})
+
+        return hook
+
+    hooks = [model.get_submodule(one.name).register_forward_hook(note(one), with_kwargs=True) for one in attentions]
+    try:
+        with torch.no_grad():
+            run(model)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return list({id(together): together for together in sharing.values()}.values())
 
 
 def cut_heads(model: nn.Module, attention: Attention, units: Sequence[int]) -> None:
@@ -84,7 +117,7 @@ def cut_heads(model: nn.Module, attention: Attention, units: Sequence[int]) -> N
             elif "head" in key and key not in _SIZE and value == attention.heads:
                 setattr(module, key, heads)
             elif ("head_size" in key and value == wide) or (
-                "head" not in key and value == wide and "embed" not in key and "features" not in key and "hidden" not in key
+                value == wide and not any(word in key for word in ("head", "embed", "features", "hidden", "model"))
             ):  # all_head_size
                 setattr(module, key, heads * attention.size)
 
@@ -100,8 +133,10 @@ def _cut_tables(module: nn.Module, attention: Attention, kept: list[int]) -> Non
     """Parameters with one column a head: tables of relative positions."""
     heads = [unit * attention.together + place for unit in kept for place in range(attention.together)]
     for name, parameter in list(module.named_parameters(recurse=False)):
-        if parameter.ndim == 2 and parameter.shape[1] == attention.heads and not isinstance(module, (nn.Linear, nn.Embedding)):
+        if parameter.ndim == 2 and parameter.shape[1] == attention.heads and not isinstance(module, nn.Linear):
             setattr(module, name, keep(parameter, 1, heads))
+            if isinstance(module, nn.Embedding):
+                module.embedding_dim = len(heads)
 
 
 def _cut(layer: Any, side: str, kept: list[int]) -> None:
@@ -117,7 +152,12 @@ def _attention(name: str, module: nn.Module, model: nn.Module, calls: list[str])
     """The attention that a module is, by its own number or size of heads and the first linear layers that are called inside."""
     inside = [call for call in calls if call.startswith(f"{name}.")]
     heads, size = _number(module, _HEADS), _number(module, _SIZE)
-    if not name or not inside or (heads is None and size is None) or isinstance(module, nn.MultiheadAttention):
+    if (
+        not name
+        or not inside
+        or (heads is None and size is None)
+        or isinstance(module, (nn.MultiheadAttention, nn.Transformer))
+    ):
         return None
     for made in (inside[:1], inside[:3]):
         fused, widths = len(made) == 1, [_widths(model.get_submodule(call))[1] for call in made]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -120,11 +121,74 @@ class Bag(_Cutting):
     prune_in_channels = prune_out_channels
 
 
-def is_transposed_linear(module: nn.Module) -> bool:
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A product of activations with a parameter outside of any layer: `x @ weight`, or an `einsum`."""
+
+    name: str  # of the parameter
+    owner: nn.Module
+    attribute: str
+    inner: int  # dimension of the parameter that the activations' last one is summed over
+    outer: int  # the one that becomes the result's last
+    own: bool  # False: the parameter is also a layer's, by which it is cut
+    inputs: tuple[int, ...]  # shape of the activations
+    outputs: tuple[int, ...]
+
+    @property
+    def parameter(self) -> Tensor:
+        return getattr(self.owner, self.attribute)
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """Channels that nothing here can cut: those of the network's inputs, and of what else goes into a product."""
+
+    size: int
+
+
+class Multiplied(_Cutting):
+    """`Product`."""
+
+    def get_out_channels(self, product: Any) -> int:
+        return product.parameter.shape[product.outer]
+
+    def get_in_channels(self, product: Any) -> int:
+        return product.parameter.shape[product.inner]
+
+    def prune_out_channels(self, product: Any, idxs: list[int]) -> Any:
+        return self._cut(product, product.outer, idxs)
+
+    def prune_in_channels(self, product: Any, idxs: list[int]) -> Any:
+        return self._cut(product, product.inner, idxs)
+
+    def _cut(self, product: Product, dim: int, idxs: list[int]) -> Product:
+        if product.own:
+            kept = _left(product.parameter.shape[dim], idxs)
+            setattr(product.owner, product.attribute, keep(product.parameter, dim, kept))
+        return product
+
+
+class Kept(_Cutting):
+    """`Fixed`."""
+
+    def get_out_channels(self, fixed: Any) -> int:
+        return fixed.size
+
+    get_in_channels = get_out_channels
+
+    def prune_out_channels(self, fixed: Any, idxs: list[int]) -> Any:
+        raise ValueError("channels that nothing can cut")
+
+    prune_in_channels = prune_out_channels
+
+
+def is_transposed_linear(module: Any) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", torch.empty(0)).ndim == 2
 
 
-def is_scale(module: nn.Module) -> bool:
+def is_scale(module: Any) -> bool:
+    if not isinstance(module, nn.Module):
+        return False
     own = dict(module.named_parameters())
     known = isinstance(
         module, (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
@@ -134,7 +198,7 @@ def is_scale(module: nn.Module) -> bool:
 
 def special_pruners(model: nn.Module) -> dict[type, Any]:
     """Pruners by class for the layers of this network that need one of ours."""
-    found: dict[type, Any] = {}
+    found: dict[type, Any] = {Product: Multiplied(), Fixed: Kept()}
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             found[type(module)] = Recurrent()
@@ -147,7 +211,25 @@ def special_pruners(model: nn.Module) -> dict[type, Any]:
     return found
 
 
-def taken_in(module: nn.Module, side: str) -> dict[str, Callable[[Tensor], Tensor]]:
+def weight_dim(module: Any, side: str) -> int | None:
+    """The dimension of a layer's weight that its `side` is; None where that is not one."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return 1
+    if isinstance(module, nn.Linear) or is_transposed_linear(module) or isinstance(module, nn.modules.conv._ConvNd):
+        turned = is_transposed_linear(module) or getattr(module, "transposed", False)
+        return int((side == "in") != turned)
+    return None
+
+
+def renumber(model: nn.Module) -> None:
+    """nn.Transformer compares the width of what it is given with a number of its own, which no cutter of its layers knows of."""
+    for module in model.modules():
+        if isinstance(module, nn.Transformer):
+            widths = [inner.embed_dim for inner in module.modules() if isinstance(inner, nn.MultiheadAttention)]
+            module.d_model = widths[0] if widths else module.d_model
+
+
+def taken_in(module: Any, side: str) -> dict[str, Callable[[Tensor], Tensor]]:
     """The weights through which a layer takes in channels of the group that is cut at its `side`, by name, each with what lays it out as
     [G, channels / G, ...]; a recurrent layer takes its own outputs in again."""
     if isinstance(module, nn.RNNBase):
@@ -157,6 +239,8 @@ def taken_in(module: nn.Module, side: str) -> dict[str, Callable[[Tensor], Tenso
         return {name: _transposed for name in own if not name.startswith("weight_ih_l0")}
     if side == "out":
         return {}
+    if isinstance(module, Product):
+        return {module.attribute: lambda weight: weight.movedim(module.inner, 0)[None]}
     if isinstance(module, nn.modules.conv._ConvNd):
         groups = module.groups
         if module.transposed:
