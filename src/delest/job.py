@@ -69,7 +69,7 @@ class Recipe:
     epochs: int | None = None  # an upper bound; None: at least 5 and at least 500 steps, at most 50
     patience: int = 3  # evaluations without a better score before the decay starts
     clip: float | None = None  # largest norm of the whole gradient
-    label_smoothing: float = 0.1  # of cross_entropy, in training only (why it is on: docs/log.md)
+    label_smoothing: float = 0.1  # of cross_entropy over classes (not of texts), in training only (why it is on: docs/log.md)
     augment: tuple[str, ...] = ()  # flip, crop, erase (images); noise, dropout (tables)
     precision: str = "auto"  # auto: bf16 only where a probe on this machine gains
     memory_format: str = "auto"  # auto: channels_last only where a probe on this machine gains
@@ -134,6 +134,8 @@ class Job:
     rows: int | None = None  # use only so many rows, a stratified sample
     image_size: int | None = None  # side in pixels; None: the median side, at most 224
     skip_bad: bool = False  # leave out unreadable files instead of stopping at them
+    context: int | None = None  # tokens of a text that the model sees at once; None: 128
+    tokenizer: str | None = None  # tokenizer.json of the package tokenizers; None: each character is a token
     name: str | None = None
     origin: str | None = None  # "file.py:name": how a child process rebuilds it
     set_by: dict[str, str] = field(default_factory=dict)  # field: "command line"; all else is the file's or the default
@@ -151,7 +153,7 @@ class Job:
                 found.append(f"{name} is a {type(value).__name__}: give a function.")
         found.extend(self._metric_faults())
         found.extend(_count_faults("batch size", self.batch_size))
-        for name in ("rows", "image_size"):
+        for name in ("rows", "image_size", "context"):
             if getattr(self, name) is not None:
                 found.extend(_count_faults(name.replace("_", " "), getattr(self, name)))
         found.extend(_count_faults("seed", self.seed, least=0))
@@ -170,8 +172,8 @@ class Job:
         from delest import metrics
 
         if isinstance(self.metric, str):
-            known = self.metric == "auto" or self.metric in metrics.NAMES
-            return [] if known else [unknown("metric", self.metric, metrics.NAMES)]
+            known = ("auto", "loss", *metrics.NAMES)
+            return [] if self.metric in known else [unknown("metric", self.metric, known[1:])]
         needed = ("name", "higher_is_better", "rows", "init", "update", "compute")
         missing = [name for name in needed if not hasattr(self.metric, name)]
         kind = type(self.metric).__name__
@@ -211,7 +213,19 @@ def rebuild(description: dict[str, Any], loaded: Job | None = None) -> Job:
     base = loaded or load(description["origin"])
     changes: dict[str, Any] = {
         name: description[name]
-        for name in ("target", "batch_size", "seed", "rows", "image_size", "skip_bad", "name", "origin", "set_by")
+        for name in (
+            "target",
+            "batch_size",
+            "seed",
+            "rows",
+            "image_size",
+            "skip_bad",
+            "context",
+            "tokenizer",
+            "name",
+            "origin",
+            "set_by",
+        )
     }
     changes["split"] = Split(**description["split"])
     changes["recipe"] = Recipe(**{**description["recipe"], "augment": tuple(description["recipe"]["augment"])})

@@ -176,11 +176,15 @@ OF_NUMBERS = ("mse", "rmse", "mae", "r2")  # all others judge classes
 
 @dataclass(frozen=True)
 class LossMetric:
-    """The mean loss as the score, for jobs whose `step` gives a loss and nothing to judge."""
+    """The mean loss as the score, for jobs whose `step` gives a loss and nothing to judge, and for texts.
+
+    `by_row`: each row has a loss of its own, and an exported model gives it too, so that it can be judged by rows.
+    """
 
     name: str = "loss"
     higher_is_better: bool = False
     rows: None = None
+    by_row: bool = False
 
     def init(self) -> None:
         return None
@@ -198,13 +202,13 @@ def named(name: str) -> Metric:
 
 
 def chosen(metric: Any, target_kind: str | None, judged: bool = True) -> Metric:
-    """The metric of a job: its own, or for "auto" accuracy (classes), rmse (numbers), the loss where nothing is judged."""
+    """The metric of a job: its own, or for "auto" accuracy (classes), rmse (numbers), the loss for texts and where nothing is judged."""
     if not isinstance(metric, str):
         return metric
-    if metric != "auto":
+    if metric not in ("auto", "loss"):
         return named(metric)
-    if not judged or target_kind is None:
-        return LossMetric()
+    if metric == "loss" or not judged or target_kind in (None, "tokens"):
+        return LossMetric(by_row=judged and target_kind == "tokens")
     return named("accuracy" if target_kind == "class" else "rmse")
 
 

@@ -51,6 +51,13 @@ def table_network(width, categories):
     return make_network(nodes, *shapes, {"weight": weight})
 
 
+def bigram_network(scores, context):
+    """Scores of the next token by the token before it, from a table [V, V]: ids [B, context] to [B, context, V]."""
+    nodes = [helper.make_node("Gather", ["scores", "x"], ["output"], axis=0)]
+    shapes = {"x": (TensorProto.INT64, [context])}, {"output": (TensorProto.FLOAT, [context, len(scores)])}
+    return make_network(nodes, *shapes, {"scores": scores})
+
+
 def run_network(network, inputs):
     """The network's outputs, straight from ONNX Runtime."""
     import onnxruntime

@@ -267,5 +267,5 @@ def test_roles_that_do_not_fit_together(tmp_path):
 def test_what_is_no_data(tmp_path):
     bad(7, "data is a int")
     bad(tmp_path / "nothing.npz", "does not exist")
-    (tmp_path / "notes.txt").write_text("hello")
-    bad(tmp_path / "notes.txt", "no kind that can be opened")
+    (tmp_path / "notes.doc").write_text("hello")
+    bad(tmp_path / "notes.doc", "no kind that can be opened")

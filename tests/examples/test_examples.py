@@ -54,6 +54,28 @@ def test_table(tmp_path):
     assert answer["test"]["auc"] > 0.85
 
 
+def test_text_on_a_file(tmp_path):
+    random = np.random.default_rng(0)
+    lines = (
+        f"{random.choice(['cats', 'dogs'])} {random.choice(['eat', 'see'])} {random.choice(['fish', 'birds'])}\n"
+        for _ in range(2000)
+    )
+    (tmp_path / "lines.txt").write_text("".join(lines))
+    options = ("--data", str(tmp_path / "lines.txt"), "--context", "32", "--epochs", "2", "--max-drop", "20%")
+    answer = run(tmp_path, str(EXAMPLES / "text.py"), *options)
+    assert answer["metric"] == "loss"
+    assert answer["test"]["loss"] < 0.5 * answer["data"]["baseline"]["loss"]
+    assert json.loads((tmp_path / answer["path"] / "bundle" / "labels.json").read_text())["labels"][:2] == ["\ufffd", "\n"]
+
+
+def test_text_without_its_file_says_how_to_name_it(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "delest", "run", str(EXAMPLES / "text.py")], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "book.txt does not exist" in done.stderr
+
+
 def photograph(label: int, random: np.random.Generator) -> dict:
     pixels = np.full((32, 32, 3), 40 + 20 * label) + random.integers(-30, 30, (32, 32, 3))
     Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(buffer := io.BytesIO(), "JPEG")

@@ -25,17 +25,17 @@ if TYPE_CHECKING:
     from delest.records.source import Column, Schema
 
 # softmax, sigmoid: logits become probabilities; probabilities: the network gives them itself; value: back to the target's
-# units; none: outputs as they are.
-Head = Literal["softmax", "sigmoid", "probabilities", "value", "none"]
+# units; logits: those of a text's next tokens, as they are; none: outputs as they are.
+Head = Literal["softmax", "sigmoid", "probabilities", "value", "logits", "none"]
 _PREFIX = "network/"
 _OPSET = 18  # the first whose Resize has antialias
 
 
 def assemble(network: ModelProto, preprocessing: Preprocessing) -> ModelProto:
-    """The bundle's model: raw inputs to `probabilities` float32 [B, K], `value` float32 [B] or the network's own outputs.
+    """The bundle's model: raw inputs to `probabilities` float32 [B, K], `value` float32 [B], `logits` float32 [B, T, V] or the network's own outputs.
 
     `network` takes inputs as `Schema` says, by the names that the export gives them. Raw inputs are `image` uint8 [B, H, W, C];
-    arrays by column name as stored; of a table each column, float64 [B] with NaN for missing or string [B].
+    arrays and tokens (int64 [B, T]) by column name as stored; of a table each column, float64 [B] with NaN for missing or string [B].
     """
     schema = preprocessing.schema
     inner = onnx.compose.add_prefix(network, _PREFIX)
@@ -78,6 +78,8 @@ def head(network: ModelProto, schema: Schema) -> Head:
     single = len(shape) == 1 or (len(shape) == 2 and shape[1] == 1)
     if schema.target.kind == "number":
         return "value" if single else "none"
+    if schema.target.kind == "tokens":
+        return "logits" if len(shape) == 3 and shape[2] == schema.outputs else "none"
     last = next((node.op_type for node in network.graph.node if output.name in node.output), "")
     classes = len(schema.classes or ())
     if len(shape) == 2 and shape[1] == classes:
@@ -245,6 +247,11 @@ def _put_behind(
             outputs.append(_tensor(output, dtype, ["batch", *shape[1:]] if shape else []))
         return outputs
     given = network.graph.output[0].name
+    if kind == "logits":
+        logits = back.add("Identity", given, output=free("logits"))
+        return [
+            _tensor(logits, np.dtype("float32"), ["batch", *preprocessing.schema.input_shape, preprocessing.schema.outputs])
+        ]
     if kind == "value":
         spread = back.constant(preprocessing.target_std, np.float32)
         scaled = back.add("Mul", back.add("Reshape", given, back.constant([-1])), spread)

@@ -10,6 +10,7 @@ import numpy as np
 
 from delest import errors
 from delest.bundle.graph import input_name
+from delest.bundle.texts import predict_texts
 from delest.data.targets import refuse
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ _ROWS = 64  # of a batch: pictures are large
 
 def predict_rows(model: Model, paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Answers for every row of the files: `input` with `label` and `probability`, with `value`, or with `outputs` (lists) where
-    the job's outputs are neither.
+    the job's outputs are neither; for texts as `texts.predict_texts` says.
 
     Raises `BadInput` naming all files, columns and values that cannot be used.
     """
+    if model.description["head"] == "logits":
+        return predict_texts(model, _listed(paths, model.preprocessing.schema))
     return [answer for names, raw in read_inputs(model, paths) for answer in _answers(model, names, model.predict(raw))]
 
 
@@ -43,12 +46,7 @@ def read_inputs(model: Model, paths: Sequence[Path]) -> Iterator[Raw]:
     at a glance, after the last for pictures that turn out to be damaged.
     """
     schema = model.preprocessing.schema
-    refuse([f"{path} does not exist (looked in {Path.cwd()})." for path in paths if not path.exists()])
-    if not paths:
-        raise errors.BadInput(f"nothing to predict: name {_wanted(schema)}.")
-    faults: list[str] = []
-    files = [file for path in paths for file in _files(path, schema, faults)]
-    refuse(faults)
+    files = _listed(paths, schema)
     if schema.is_table:
         yield from _read_tables(schema, files)
         return
@@ -73,8 +71,21 @@ def _answers(model: Model, names: list[str], given: Any) -> list[dict[str, Any]]
     ]
 
 
+def _listed(paths: Sequence[Path], schema: Schema) -> list[Path]:
+    """The files that paths stand for. Raises `BadInput` where one does not exist or is of another kind than the bundle takes."""
+    refuse([f"{path} does not exist (looked in {Path.cwd()})." for path in paths if not path.exists()])
+    if not paths:
+        raise errors.BadInput(f"nothing to predict: name {_wanted(schema)}.")
+    faults: list[str] = []
+    files = [file for path in paths for file in _files(path, schema, faults)]
+    refuse(faults)
+    return files
+
+
 def _wanted(schema: Schema) -> str:
     """What kind of file this bundle can be asked about, in words."""
+    if schema.is_text:
+        return "a text file (UTF-8)"
     if schema.is_table:
         return "a CSV or Parquet file with its columns"
     return "an image, a folder of images, or a .npy or .npz file" if schema.is_image else "a .npy or .npz file"
@@ -95,7 +106,10 @@ def _files(path: Path, schema: Schema, faults: list[str]) -> list[Path]:
             faults.append(f"{path} holds no images ({', '.join(SUFFIXES)}).")
         return found
     name = path.name.lower()
-    fits = name.endswith((*CSV_SUFFIXES, ".parquet")) if schema.is_table else _is_arrays(path) or schema.is_image
+    if schema.is_text:
+        fits = not _is_arrays(path)
+    else:
+        fits = name.endswith((*CSV_SUFFIXES, ".parquet")) if schema.is_table else _is_arrays(path) or schema.is_image
     if path.is_dir() or not fits:
         faults.append(f"{path} is of another kind than this model takes: name {_wanted(schema)}.")
     return [path]

@@ -70,10 +70,10 @@ class Model:
         self.session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
 
     def predict(self, raw: Mapping[str, NDArray]) -> Any:
-        """Probabilities float32 [B, K], values float32 [B] in the target's units, or the network's outputs as they are
-        (a tuple where there are several).
+        """Probabilities float32 [B, K], values float32 [B] in the target's units, scores float32 [B, T, V] of a text's next tokens, or the
+        network's outputs as they are (a tuple where there are several).
 
-        `raw` holds the bundle's inputs by name: `image` uint8 [B, H, W, C], arrays as stored, or table columns [B].
+        `raw` holds the bundle's inputs by name: `image` uint8 [B, H, W, C], arrays as stored, `tokens` int64 [B, T], or table columns [B].
 
         Raises `BadInput` naming every input that is missing or does not fit.
         """
@@ -82,7 +82,8 @@ class Model:
 
     def outputs(self, feed: Any) -> Iterator[Outputs]:
         """Evaluation over `feed.raw()`: log-probabilities [B, K] (of a single logit: the logit [B, 1]) with cross-entropy a row,
-        standardised numbers [B] with squared error a row, or outputs as they are with losses that are NaN."""
+        standardised numbers [B] with squared error a row, scores of tokens [B, T, V] with their mean cross-entropy a row, or outputs as they are
+        with losses that are NaN."""
         head = self.description["head"]
         for batch in feed.raw():
             given = self.predict(batch.inputs)
@@ -95,6 +96,9 @@ class Model:
             elif head == "value":
                 judged = ((given - self.preprocessing.target_mean) / self.preprocessing.target_std).astype(np.float32)
                 losses = (judged - batch.targets) ** 2
+            elif head == "logits":
+                found = np.take_along_axis(log_probabilities(given), batch.targets[..., None], 2)
+                losses = -found[..., 0].mean(1)
             yield Outputs(judged, batch.targets, losses, batch.index)
 
     def _checked(self, raw: Mapping[str, NDArray]) -> dict[str, NDArray]:
@@ -122,6 +126,12 @@ class Model:
         if faults:
             raise errors.BadInput(faults)
         return inputs
+
+
+def log_probabilities(scores: NDArray) -> NDArray:
+    """Of scores [..., V]."""
+    shifted = scores - scores.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def _fits(given: np.dtype[Any], expected: np.dtype[Any]) -> bool:

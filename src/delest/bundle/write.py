@@ -37,7 +37,8 @@ def write_bundle(
     weights: Mapping[str, NDArray] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `model.onnx`, `labels.json`, `weights.safetensors` (where given) and `bundle.json` as `folder`.
+    """Write `model.onnx`, `labels.json` (of a text its vocabulary), `tokenizer.json` (of a text whose tokens are no characters),
+    `weights.safetensors` (where given) and `bundle.json` as `folder`.
 
     `network` is the bare network as ONNX; preprocessing and probabilities are put around it. `extra` goes into
     `bundle.json` as it is. An existing folder is replaced in one step; a crash leaves the old one or the new one.
@@ -55,6 +56,8 @@ def write_bundle(
     try:
         storage.write_atomic(temporary / "model.onnx", model.SerializeToString())
         storage.write_json(temporary / "labels.json", {"labels": labels})
+        if schema.inputs[0].tokenizer is not None:
+            storage.write_atomic(temporary / "tokenizer.json", schema.inputs[0].tokenizer)
         if weights is not None:
             from safetensors.numpy import save
 

@@ -53,7 +53,7 @@ _RECIPE_HELP = {
     "epochs": "upper bound",
     "patience": "evaluations without a better score before the end begins",
     "clip": "largest norm of the whole gradient",
-    "label_smoothing": "of cross_entropy",
+    "label_smoothing": "of cross_entropy over classes",
     "augment": f"{', '.join(jobs.AUGMENTATIONS)}; repeat it or separate by commas",
     "precision": ", ".join(jobs.PRECISIONS),
     "memory_format": ", ".join(jobs.MEMORY_FORMATS),
@@ -72,13 +72,15 @@ def _recipe_options() -> Group:
 
 
 JOB: Group = {
-    "data": option(str, "--data", "folder of images, CSV, Parquet, .npz or .npy to use instead of the job's", "PATH"),
+    "data": option(str, "--data", "folder of images, CSV, Parquet, .npz, .npy or .txt to use instead of the job's", "PATH"),
     "target": option(str, "--target", "column that is to be predicted", "COLUMN"),
     "split.by": option(str, "--split-by", "column that holds roles, groups or times", "COLUMN"),
     "split.kind": option(str, "--split-kind", f"what that column holds: {', '.join(jobs.SPLIT_KINDS)}"),
     "rows": option(int, "--rows", "use only so many rows, a stratified sample"),
     "image_size": option(int, "--image-size", "side in pixels"),
     "skip_bad": option(bool, "--skip-bad", "leave unreadable rows out, or stop at them"),
+    "context": option(int, "--context", "tokens of a text that the model sees at once [128]", "TOKENS"),
+    "tokenizer": option(str, "--tokenizer", "tokenizer.json for a text, whose tokens are characters without it", "FILE"),
     "batch_size": option(int, "--batch-size", f"effective batch size [{jobs.Job().batch_size}]"),
     "loss": option(str, "--loss", ", ".join(jobs.LOSSES)),
     "metric": option(str, "--metric", "what the model is judged by, as accuracy or rmse"),
@@ -164,8 +166,9 @@ def read_job(
     if "recipe.augment" in given:
         words = (word.strip() for item in given["recipe.augment"] for word in item.split(","))
         given["recipe.augment"] = tuple(word for word in words if word)
-    if "data" in given and Path(given["data"]).exists():  # a run must find its data again from any folder
-        given["data"] = str(Path(given["data"]).resolve())
+    for name in ("data", "tokenizer"):  # a run must find its files again from any folder
+        if name in given and Path(given[name]).exists():
+            given[name] = str(Path(given[name]).resolve())
     return jobs.override(jobs.load(text), given)
 
 

@@ -13,7 +13,7 @@ from delest.data.targets import Wishes
 from delest.job import Job, nearby
 from delest.records.source import Source
 
-_ACCEPTED = ".npz, .npy, .csv or .parquet files, or a folder of them or of images (a folder a class)"
+_ACCEPTED = ".npz, .npy, .csv, .parquet or .txt files, or a folder of them or of images (a folder a class)"
 _LABEL_STEMS = ("y", "labels", "label", "targets", "target", "Y")
 
 
@@ -25,15 +25,27 @@ def open_source(
     image_size: int | None = None,
     skip_bad: bool = False,
     split_by: str | None = None,
+    context: int | None = None,
+    tokenizer: str | None = None,
     seed: int = 0,
 ) -> Source:
     """Open data as a source: a path, `(inputs, targets)`, a mapping of arrays with `target` naming one, or a `Source`.
 
     `rows` takes a stratified sample; images are resized to `image_size` where they differ in size or it is given;
-    `skip_bad` leaves out images that cannot be read; `split_by` names a column that is no input but divides the rows.
+    `skip_bad` leaves out images that cannot be read; `split_by` names a column that is no input but divides the rows. A text
+    becomes windows of `context` tokens, each a character or what the file `tokenizer` makes of it.
     Raises `BadInput` with all faults that were found.
     """
-    wishes = Wishes(target=target, rows=rows, image_size=image_size, skip_bad=skip_bad, split_by=split_by, seed=seed)
+    wishes = Wishes(
+        target=target,
+        rows=rows,
+        image_size=image_size,
+        skip_bad=skip_bad,
+        split_by=split_by,
+        context=context,
+        tokenizer=tokenizer,
+        seed=seed,
+    )
     source = _open(data, wishes)
     if rows is not None and len(source) > rows:
         return Subset(source, sample_rows(source, rows, seed))
@@ -49,6 +61,8 @@ def open_job(job: Job) -> Source:
         image_size=job.image_size,
         skip_bad=job.skip_bad,
         split_by=job.split.by,
+        context=job.context,
+        tokenizer=job.tokenizer,
         seed=job.seed,
     )
 
@@ -93,6 +107,10 @@ def _open_path(path: Path, wishes: Wishes) -> Source:
         from delest.data.tables import open_table
 
         return open_table([path], wishes, path.name)
+    if name.endswith(".txt"):
+        from delest.data.text import open_text
+
+        return open_text(path, wishes)
     raise errors.BadInput(f"{path} is of no kind that can be opened. Data are {_ACCEPTED}.")
 
 

@@ -9,9 +9,9 @@ from delest import storage
 LARGEST_PACK_BYTES = 2 << 30
 
 
-def has_room(need_bytes: int) -> bool:
-    """Whether the cache may take a file of that size: at most 2 GiB and a quarter of the free disk, and writable."""
-    if need_bytes > LARGEST_PACK_BYTES:
+def has_room(need_bytes: int, *, of_any_size: bool = False) -> bool:
+    """Whether the cache may take a file of that size: at most 2 GiB (but for one `of_any_size`) and a quarter of the free disk, and writable."""
+    if need_bytes > LARGEST_PACK_BYTES and not of_any_size:
         return False
     try:
         folder = storage.cache_folder("packed")

@@ -62,19 +62,19 @@ class Preprocessing:
         return tuple(arrays.values()) if self.positional else arrays
 
     def targets(self, rows: Mapping[str, NDArray]) -> NDArray | None:
-        """int64 class codes [B] or standardised float32 numbers [B]; None where there is no target."""
+        """int64 class codes [B] or ids of tokens [B, T], or standardised float32 numbers [B]; None where there is no target."""
         target = self.schema.target
         if target is None:
             return None
         values = rows[target.name]
-        if target.kind == "class":
+        if target.kind != "number":
             return values.astype(np.int64, copy=False)
         return ((values - self.target_mean) / self.target_std).astype(np.float32)
 
     def restore(self, outputs: Any) -> Any:
         """Standardised numbers back in the target's units, float64, [B, 1] as [B]; everything else unchanged."""
         target = self.schema.target
-        if target is None or target.kind == "class" or not isinstance(outputs, np.ndarray):
+        if target is None or target.kind != "number" or not isinstance(outputs, np.ndarray):
             return outputs
         flat = outputs[:, 0] if outputs.ndim == 2 and outputs.shape[1] == 1 else outputs
         return flat.astype(np.float64) * self.target_std + self.target_mean
@@ -127,7 +127,7 @@ def fit_preprocessing(source: Source, index: NDArray[int64], *, ids: bool = True
     """
     schema = source.schema
     moments: dict[str, _Moments] = {}
-    for rows in _blocks(source, index):
+    for rows in () if schema.is_text else _blocks(source, index):
         for column in schema.inputs:
             if column.kind == "image" or _is_standardised(column, ids):
                 moments.setdefault(column.name, _Moments()).add(_features(rows[column.name], column))

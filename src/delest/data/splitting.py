@@ -31,7 +31,7 @@ class Division(dict[str, "NDArray[int64]"]):
 def split(source: Source, spec: Split, seed: int) -> Division:
     """Sorted row numbers of train, validation, selection and test.
 
-    Roles that the data bring are left as they are; those they lack are taken out of train, in the proportion of their
+    A text is divided in its own order, train first and test last. Roles that the data bring are left as they are; those they lack are taken out of train, in the proportion of their
     shares. Shares are exact to rounding (to whole groups, where rows are kept together), and every class of 4 rows or
     more has one in train. Raises `BadInput` where a share would be left without a row.
     """
@@ -47,14 +47,18 @@ def split(source: Source, spec: Split, seed: int) -> Division:
     elif kind == "time":
         assigned = np.repeat(np.arange(len(shares)), _counts(len(pool), shares))
         assigned = assigned[np.argsort(np.argsort(by[pool], kind="stable"))]
+    elif source.schema.is_text:
+        assigned = np.repeat(np.arange(len(shares)), _counts(len(pool), shares))
     else:
         assigned = _stratified(_strata(source)[pool], shares, seed)
     divided = Division({role: np.empty(0, np.int64) for role in ROLES})
     divided |= {role: np.flatnonzero(roles == role) for role in given}
     divided |= {role: np.sort(pool[assigned == place]) for place, role in enumerate(shares)}
     groups = len(np.unique(by[pool])) if kind == "group" else None
-    _refuse_empty(divided, shares, len(pool), groups)
-    if kind is not None:
+    _refuse_empty(divided, shares, len(pool), groups, "windows" if source.schema.is_text else "rows")
+    if source.schema.is_text:
+        divided.how = "split in the order of the text: train is its beginning, test its end"
+    elif kind is not None:
         divided.how = (
             f"split by {kind} of {spec.by!r}: "
             + {
@@ -189,12 +193,14 @@ def _by_group(groups: NDArray, shares: dict[str, float], seed: int) -> NDArray[i
     return role_of_group[codes]
 
 
-def _refuse_empty(divided: dict[str, NDArray[int64]], shares: dict[str, float], rows: int, groups: int | None) -> None:
+def _refuse_empty(
+    divided: dict[str, NDArray[int64]], shares: dict[str, float], rows: int, groups: int | None, noun: str
+) -> None:
     faults = []
-    have = f"{rows:,} rows" if groups is None else f"{rows:,} rows in {groups:,} groups"
+    have = f"{rows:,} {noun}" if groups is None else f"{rows:,} {noun} in {groups:,} groups"
     for role, share in shares.items():
         if not len(divided[role]):
-            need = f"at least {math.ceil(1 / share):,} rows" if groups is None else f"at least {len(shares)} groups"
+            need = f"at least {math.ceil(1 / share):,} {noun}" if groups is None else f"at least {len(shares)} groups"
             faults.append(f"split: {have} leave none for {role} (share {share:.3g}). Give {need}, or set that share to 0.")
     if faults:
         raise errors.BadInput(faults)

@@ -24,7 +24,7 @@ def summarise(source: Source, splits: Mapping[str, NDArray[int64]]) -> Summary:
     schema = source.schema
     columns = tuple(_column(source, column) for column in schema.inputs)
     target = schema.target
-    labels = None if target is None else source.values(target.name)
+    labels = None if target is None or schema.is_text else source.values(target.name)
     classes = None
     if labels is not None and schema.classes is not None:
         counts = np.bincount(labels, minlength=len(schema.classes))
@@ -33,7 +33,7 @@ def summarise(source: Source, splits: Mapping[str, NDArray[int64]]) -> Summary:
         source=getattr(source, "description", f"{len(source):,} rows"),
         fingerprint=source.fingerprint,
         rows=len(source),
-        kind="images" if schema.is_image else "table" if schema.is_table else "arrays",
+        kind="images" if schema.is_image else "table" if schema.is_table else "text" if schema.is_text else "arrays",
         columns=columns,
         target=None if target is None else target.name,
         classes=classes,
@@ -41,7 +41,11 @@ def summarise(source: Source, splits: Mapping[str, NDArray[int64]]) -> Summary:
         row_bytes=_row_bytes(schema),
         left_out=tuple(getattr(source, "left_out", ())),
         notes=tuple(_notes(source, splits, columns, classes)),
-        baseline={} if labels is None else _baseline(labels, schema.classes is not None, splits),
+        baseline=_of_frequencies(source, splits)
+        if schema.is_text
+        else {}
+        if labels is None
+        else _baseline(labels, schema.classes is not None, splits),
     )
 
 
@@ -50,6 +54,8 @@ def _column(source: Source, column: Column) -> dict[str, Any]:
     described["missing"] = column.missing
     if column.kind == "category":
         return {**described, "cardinality": column.cardinality}
+    if column.kind == "tokens":
+        return {**described, "cardinality": source.schema.outputs}
     if column.kind == "number":
         values = source.values(column.name).astype(np.float64)
     else:
@@ -94,6 +100,8 @@ def _notes(
     how = getattr(splits, "how", "")
     if how:
         yield how
+    if source.schema.is_text:
+        yield f"the vocabulary has {source.schema.outputs:,} tokens"
     if classes:
         most, least = max(classes, key=classes.__getitem__), min(classes, key=classes.__getitem__)
         if classes[most] > 10 * classes[least]:
@@ -135,11 +143,37 @@ def _row_hashes(source: Source, index: NDArray[int64]) -> Iterator[int]:
 
 def _baseline(labels: NDArray, are_classes: bool, splits: Mapping[str, NDArray[int64]]) -> dict[str, float]:
     """Score on test (else validation, else train) of the answer that is best on train whatever the inputs are."""
-    train = splits.get("train")
-    judged: NDArray | None = next((splits[role] for role in ("test", "validation", "train") if len(splits.get(role, ()))), None)
+    train, judged = splits.get("train"), _judged(splits)
     if train is None or judged is None or not len(train):
         return {}
     name: Literal["accuracy", "rmse"] = "accuracy" if are_classes else "rmse"
     if are_classes:
         return {name: float((labels[judged] == np.bincount(labels[train]).argmax()).mean())}
     return {name: float(np.sqrt(((labels[judged] - labels[train].mean()) ** 2).mean()))}
+
+
+def _judged(splits: Mapping[str, NDArray[int64]]) -> NDArray[int64] | None:
+    return next((splits[role] for role in ("test", "validation", "train") if len(splits.get(role, ()))), None)
+
+
+def _of_frequencies(source: Source, splits: Mapping[str, NDArray[int64]]) -> dict[str, float]:
+    """Cross-entropy, in nats a token, of answering with the frequencies of train whatever came before; one that train lacks counts once."""
+    train, judged = splits.get("train"), _judged(splits)
+    if train is None or judged is None or not len(train):
+        return {}
+    counts = _token_counts(source, train)
+    logarithms = np.log(np.maximum(counts, 1) / counts.sum())
+    expected = _token_counts(source, judged)
+    return {"loss": float(-(expected * logarithms).sum() / expected.sum())}
+
+
+def _token_counts(source: Source, index: NDArray[int64]) -> NDArray[int64]:
+    """How often each token is a target, [V]."""
+    schema = source.schema
+    assert schema.target is not None
+    counts = np.zeros(schema.outputs, np.int64)
+    step = max(1, _BLOCK_BYTES // _row_size(schema))
+    for start in range(0, len(index), step):
+        tokens = source.read(index[start : start + step])[schema.target.name]
+        counts += np.bincount(tokens.reshape(-1), minlength=len(counts))
+    return counts

@@ -38,6 +38,8 @@ class Wishes:
     image_size: int | None = None
     skip_bad: bool = False
     split_by: str | None = None
+    context: int | None = None
+    tokenizer: str | None = None
     seed: int = 0
 
 

@@ -17,7 +17,7 @@ class Summary:
     source: str  # what was opened, in words
     fingerprint: str
     rows: int
-    kind: Literal["images", "table", "arrays"]
+    kind: Literal["images", "table", "arrays", "text"]
     columns: tuple[dict[str, Any], ...]  # name, kind, shape, dtype, missing, and for numbers mean, std, low, high
     target: str | None
     classes: dict[str, int] | None  # rows a class, in class order
@@ -27,7 +27,7 @@ class Summary:
     notes: tuple[str, ...] = ()  # what is worth knowing: imbalance, constant columns, duplicates
     baseline: dict[str, float] = field(
         default_factory=dict
-    )  # the metric of always answering the most frequent class or the mean
+    )  # the metric of always answering the most frequent class, the mean or how often each token occurs
 
 
 @dataclass(frozen=True, kw_only=True)

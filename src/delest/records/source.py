@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from numpy import int64
     from numpy.typing import NDArray
 
-ColumnKind = Literal["image", "array", "number", "category"]
+ColumnKind = Literal["image", "array", "number", "category", "tokens"]
 ROLES = ("train", "validation", "selection", "test")
 
 
@@ -25,6 +25,7 @@ class Column:
         None  # known values of a category column; code 0 is missing or unknown, code i is categories[i - 1]
     )
     missing: int = 0  # rows without a value
+    tokenizer: str | None = None  # of tokens: the JSON of what made them; None: each is a character
 
     @property
     def cardinality(self) -> int | None:
@@ -34,11 +35,11 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is to be predicted: a class (codes 0 .. K-1) or a number."""
+    """What is to be predicted: a class (codes 0 .. K-1), a number, or for each token of a text the next one (ids 0 .. V-1)."""
 
     name: str
-    kind: Literal["class", "number"]
-    classes: tuple[str, ...] | None = None
+    kind: Literal["class", "number", "tokens"]
+    classes: tuple[str, ...] | None = None  # of tokens: the vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,8 @@ class Schema:
     - number columns only: one float32 tensor [B, D];
     - number and category columns: keywords `numbers` float32 [B, D] and `categories` int64 [B, K]
       (`numbers` is left out where there is none);
-    - several array columns: keywords by column name, or positional arguments where the data came as a tuple.
+    - several array columns: keywords by column name, or positional arguments where the data came as a tuple;
+    - one column of tokens: an int64 tensor [B, T] of ids, for which a model gives scores [B, T, V] of what comes next.
 
     D is the number of number columns plus one 0/1 column for each number column with missing values.
     """
@@ -81,6 +83,15 @@ class Schema:
         return bool(self.numbers or self.categories)
 
     @property
+    def is_text(self) -> bool:
+        return len(self.inputs) == 1 and self.inputs[0].kind == "tokens"
+
+    @property
+    def vocabulary(self) -> tuple[str, ...] | None:
+        """What each token id of a text stands for; None for other data."""
+        return self.classes if self.is_text else None
+
+    @property
     def number_width(self) -> int:
         """D: number columns and their missing-value indicators."""
         return len(self.numbers) + sum(1 for column in self.numbers if column.missing)
@@ -97,7 +108,7 @@ class Schema:
 
     @property
     def outputs(self) -> int:
-        """How many values a model gives for a row: the number of classes, or 1."""
+        """How many values a model gives for a row, or for a token of a text: the number of classes, or 1."""
         return len(self.classes) if self.classes is not None else 1
 
 
@@ -117,7 +128,7 @@ class Source(Protocol):
     def read(self, index: NDArray[int64]) -> dict[str, NDArray]:
         """Rows by number: input columns and target by name. Images are uint8 [B, H, W, C]; number columns are
         float64 [B] with NaN for a missing value; category columns are int64 codes [B]; a class target is int64
-        codes [B], a number target float64 [B]."""
+        codes [B], a number target float64 [B]; tokens, also as target, are int64 ids [B, T]."""
 
     def values(self, name: str) -> NDArray:
         """One column whole as it is stored (never an image column): for stratifying and splitting."""

@@ -148,6 +148,8 @@ def _lead(run: Run, shrunk: Shrunk | None) -> str:
     if run.data is not None and run.metric in run.data.baseline:
         base = words.format_metric(run.metric, run.data.baseline[run.metric])
         always = "the most frequent class" if run.data.classes else "the mean"
+        if run.data.kind == "text":
+            always = "how often each token occurs"
         sentences.append(f"Always answering {always} would score {base}.")
     if shrunk is not None:
         after, bound = words.shipped(shrunk), words.bound_words(shrunk)

@@ -54,7 +54,9 @@ def bullets(lines: Sequence[str]) -> str:
 
 def summary_text(summary: Summary) -> str:
     """What `inspect` saw: rows, splits, columns, classes, notes."""
-    what = {"images": "rows of images", "table": "rows of a table", "arrays": "rows of arrays"}[summary.kind]
+    what = {"images": "rows of images", "table": "rows of a table", "arrays": "rows of arrays", "text": "windows of text"}[
+        summary.kind
+    ]
     target = (
         f", {len(summary.classes)} classes"
         if summary.classes

@@ -42,7 +42,7 @@ def evaluate(predictor: Any, feed: Any, metric: Metric, *, stop: Callable[[], No
     for batch in predictor.outputs(feed):
         losses.append(batch.losses)
         indices.append(batch.index)
-        if batch.outputs is not None and batch.targets is not None:
+        if metric.name != "loss" and batch.outputs is not None and batch.targets is not None:
             restored = feed.preprocessing.restore(batch.outputs)
             truth = feed.preprocessing.restore(batch.targets)
             state = metric.update(state, restored, truth)
@@ -51,6 +51,8 @@ def evaluate(predictor: Any, feed: Any, metric: Metric, *, stop: Callable[[], No
             if metric.rows is not None:
                 rows.append(metric.rows(restored, truth))
         stop()
+    if getattr(metric, "by_row", False):
+        rows = losses
     loss = float(np.concatenate(losses).mean()) if losses else float("nan")
     return Evaluation(
         score=loss if metric.name == "loss" else float(metric.compute(state)),

@@ -302,7 +302,10 @@ def example_of(place: Workplace, length: int | None) -> Any:
 
     schema = place.source.schema
     if length is not None and not any(column.kind == "array" and len(column.shape) >= 1 for column in schema.inputs):
-        raise errors.BadInput(f"--sequence-length {length}: these inputs ({place.source.description}) have no sequence axis.")
+        raise errors.BadInput(
+            f"--sequence-length {length}: these inputs ({place.source.description}) have no sequence axis."
+            + (" The windows of a text have --context tokens." if schema.is_text else "")
+        )
     batch = next(iter(place.feed("train", place.splits["train"][:2]).ordered()))
     return batch if length is None else replace(batch, inputs=with_length(batch.inputs, length))
 

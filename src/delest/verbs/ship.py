@@ -207,10 +207,10 @@ def report(run: Run | str | Path) -> Path:
 
 
 def predict(bundle: str | Path, inputs: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """Answers of an exported bundle for new inputs: images, folders of images, arrays or tables.
+    """Answers of an exported bundle for new inputs: images, folders of images, arrays, tables or texts.
 
     `bundle` is a bundle's folder or a run's (what it shipped is taken). Each answer has `input`, and `label` with its
-    `probability`, or `value`. Raises `BadInput` naming every input that cannot be read.
+    `probability` (of a text: the token that comes next, and the `loss` of those before), or `value`. Raises `BadInput` naming every input that cannot be read.
     """
     from delest import bundle as bundles
     from delest.bundle.inputs import predict_rows

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from delest.training.loop import Trainer
     from delest.training.progress import Progress
 
+TEXT_BATCH = 32  # windows, where only a text is given
+
 
 @dataclass
 class Workplace:
@@ -35,6 +37,8 @@ class Workplace:
     def metric(self) -> metrics.Metric:
         target = self.source.schema.target
         judged = self.job.step is None or self.job.predict is not None
+        if self.source.schema.is_text:  # a loss of the user's own is no mean over rows, and no bundle gives it
+            judged = judged and isinstance(self.job.loss, str)
         return metrics.chosen(self.job.metric, target.kind if target else None, judged)
 
     @cached_property
@@ -91,7 +95,7 @@ def open_workplace(job: Job, say: Progress, folder: Path | None = None) -> Workp
         raise errors.BadInput(faults)
     splits = split(source, job.split, job.seed)
     if folder is None:
-        job = _with_fitting_batch(job, len(splits["train"]), say)
+        job = _with_fitting_batch(job, len(splits["train"]), source.schema.is_text, say)
     if folder is None:
         preprocessing = fit_preprocessing(source, splits["train"], ids=job.model is not None)
     else:
@@ -104,9 +108,14 @@ def open_workplace(job: Job, say: Progress, folder: Path | None = None) -> Workp
     return Workplace(job, source, splits, preprocessing, {"inspecting": time.monotonic() - started})
 
 
-def _with_fitting_batch(job: Job, rows: int, say: Progress) -> Job:
+def _with_fitting_batch(job: Job, rows: int, is_text: bool, say: Progress) -> Job:
     """Data without a job of its own get a batch that suits them, where the default is too large and nobody set it."""
-    if job.model is not None or "batch_size" in job.set_by or job.batch_size <= rows:
+    if job.model is not None or "batch_size" in job.set_by:
+        return job
+    if is_text and job.batch_size == Job.batch_size:  # each of a window's tokens is learnt from
+        job = replace(job, batch_size=TEXT_BATCH)
+        say.note(f"batches of {TEXT_BATCH} windows are taken; --batch-size takes others")
+    if job.batch_size <= rows:
         return job
     batch = max(2, rows // 8)
     say.note(f"the default batch of {job.batch_size} rows is larger than the {rows} training rows: {batch} is taken")
@@ -169,14 +178,17 @@ def _mismatches(job: Job, source: Any) -> list[str]:
             else ["the data have no target to learn: name one with --target, or give the Job a `step`."]
         )
     faults = []
-    if (
+    if target.kind == "tokens":
+        if isinstance(job.metric, str) and job.metric not in ("auto", "loss"):
+            faults.append(f"the metric {job.metric} does not judge a text: use loss, the cross-entropy of a token in nats.")
+    elif (
         isinstance(job.metric, str)
         and job.metric in metrics.NAMES
         and (job.metric in metrics.OF_NUMBERS) != (target.kind == "number")
     ):
         fit = ", ".join(name for name in metrics.NAMES if (name in metrics.OF_NUMBERS) == (target.kind == "number"))
         faults.append(f"the metric {job.metric} does not judge a {target.kind} target ({target.name}): use one of {fit}.")
-    losses = ("mse", "l1", "huber") if target.kind == "number" else ("cross_entropy", "bce")
+    losses = {"number": ("mse", "l1", "huber"), "class": ("cross_entropy", "bce"), "tokens": ("cross_entropy",)}[target.kind]
     if isinstance(job.loss, str) and job.step is None and job.loss not in ("auto", *losses):
         faults.append(
             f"the loss {job.loss} does not fit a {target.kind} target ({target.name}): use one of {', '.join(losses)}."

@@ -48,7 +48,14 @@ def _check_outputs(session: TorchSession, outputs: Any, batch: Batch) -> list[st
     if len(outputs) != batch.count:
         return [f"the model gives {len(outputs)} rows for a batch of {batch.count}: its first dimension must be the batch."]
     faults = []
-    if name == "cross_entropy" and schema.classes is not None:
+    if schema.is_text:
+        wanted = (batch.count, *schema.input_shape, schema.outputs)
+        if tuple(outputs.shape) != wanted:
+            faults.append(
+                f"the model gives outputs of shape {tuple(outputs.shape)} for a text, and the loss needs a score for each of the {schema.outputs:,} tokens "
+                f"of the vocabulary at each place: {wanted}."
+            )
+    elif name == "cross_entropy" and schema.classes is not None:
         width = outputs.shape[1] if outputs.ndim > 1 else 1
         needed = len(schema.classes)
         if width < needed and not (width == 1 and needed == 2):

@@ -67,6 +67,8 @@ class StudentSession(TorchSession):
                 own = self.loss.mean(outputs, batch.targets)
         if answer is None or not isinstance(outputs, Tensor) or not outputs.requires_grad or outputs.shape != answer.shape:
             return own
+        if self.schema.is_text:
+            return HARD * own + (1 - HARD) * of_tokens(outputs.float(), answer)
         if self.job.step is None and self.loss.name in ("cross_entropy", "bce"):
             return HARD * own + (1 - HARD) * of_classes(outputs.float(), answer, torch.as_tensor(batch.targets), self.objective)
         return HARD_NUMBERS * own + (1 - HARD_NUMBERS) * of_numbers(outputs.float(), answer) * own.detach()
@@ -79,6 +81,12 @@ def of_classes(outputs: Tensor, answer: Tensor, targets: Tensor, objective: str)
     if outputs.shape[1] == 2:  # z-scores of two are always the same: only their difference says anything
         return F.binary_cross_entropy_with_logits(outputs[:, 1] - outputs[:, 0], (answer[:, 1] - answer[:, 0]).sigmoid())
     return OBJECTIVES[objective](outputs, answer, targets)
+
+
+def of_tokens(outputs: Tensor, answer: Tensor) -> Tensor:
+    """Distance of scores of tokens, [B, T, V] both: the divergence of the probabilities themselves, not softened, since these are what a text
+    is judged by (Muralidharan et al., "Compact Language Models via Pruning and Knowledge Distillation", NeurIPS 2024, section 3.2)."""
+    return _divergence(outputs.flatten(0, 1), answer.flatten(0, 1), 1.0)
 
 
 def of_numbers(outputs: Tensor, answer: Tensor) -> Tensor:

@@ -22,10 +22,13 @@ class Loss:
 
 def choose(loss: str | Callable[..., Any], target_kind: str | None, label_smoothing: float) -> Loss:
     """The loss of a job; "auto" is cross-entropy for classes (binary for a model with a single output), mean squared
-    error for numbers."""
+    error for numbers. The targets of a text are ids [B, T] and its outputs [B, T, V]; labels are smoothed for classes alone, since a text
+    is judged by the loss itself."""
     if not isinstance(loss, str):
         return Loss(getattr(loss, "__name__", type(loss).__name__), loss, lambda o, t: loss(o, t).detach().expand(len(t)))
     name = loss if loss != "auto" else ("mse" if target_kind == "number" else "cross_entropy")
+    if target_kind == "tokens":
+        return Loss(name, lambda o, t: _of_tokens(o, t, "mean"), lambda o, t: _per_row(_of_tokens(o, t, "none").view(t.shape)))
     if name in ("cross_entropy", "bce"):
         return Loss(
             name,
@@ -48,6 +51,11 @@ def _classification(name: str, outputs: Tensor, targets: Tensor, smoothing: floa
         smoothed = targets.to(logits.dtype) * (1 - smoothing) + smoothing / 2
         return F.binary_cross_entropy_with_logits(logits, smoothed, reduction=reduction)
     return F.cross_entropy(_wide(outputs), targets, label_smoothing=smoothing, reduction=reduction)
+
+
+def _of_tokens(outputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Cross-entropy of scores [B, T, V] for ids [B, T]: a mean, or [B * T]."""
+    return F.cross_entropy(_wide(outputs.flatten(0, 1)), targets.flatten(), reduction=reduction)
 
 
 def _wide(outputs: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ class TorchSession:
         return self.job.predict(self.model, inputs) if self.job.predict else models.call(self.model, inputs)
 
     def _judge(self, batch: Batch) -> Outputs:
-        if self.job.step is None:
+        if self.job.step is None or (self.schema.is_text and self.job.predict is not None):
             outputs = self.forward(batch.inputs)
             losses = _numpy(self.loss.rows(outputs, batch.targets).float())
         elif self.job.predict is not None:  # a detector's forward gives no loss in evaluation mode: the metric judges

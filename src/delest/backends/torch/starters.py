@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from delest import errors
 from delest.records.source import Schema
 
 
 def choose(schema: Schema) -> nn.Module:
-    """A small convolutional network for images, an MLP with category embeddings for tables, an MLP for arrays."""
+    """A small convolutional network for images, an MLP with category embeddings for tables, a causal transformer for texts, an MLP for arrays."""
     if schema.target is None:
         raise errors.BadInput("there is no target to learn: name one with --target, or give a Job with its own `step`.")
     if schema.is_image:
@@ -19,6 +20,8 @@ def choose(schema: Schema) -> nn.Module:
             return SmallConvNet(channels, schema.outputs, wide=min(height, width) > 64)
     if schema.is_table:
         return TableMLP(schema.number_width, [column.cardinality or 1 for column in schema.categories], schema.outputs)
+    if schema.is_text:
+        return CausalTransformer(schema.outputs, schema.input_shape[0])
     if len(schema.inputs) > 1:
         names = ", ".join(column.name for column in schema.inputs)
         raise errors.BadInput(f"there is no starter model for several array inputs ({names}): give a Job with a model.")
@@ -99,3 +102,53 @@ class ArrayMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x))
+
+
+class CausalTransformer(nn.Module):
+    """A small GPT: learnt positions, blocks of masked self-attention and a hidden layer, each normalised first, and a score for each token.
+
+    Input ids int64 [B, T] with T up to `context`; output [B, T, tokens]. Source: Radford et al., "Language Models are Unsupervised Multitask
+    Learners", 2019, section 2.3.
+    """
+
+    def __init__(self, tokens: int, context: int, *, width: int = 128, layers: int = 4, heads: int = 4):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(tokens, width), nn.Embedding(context, width)
+        for table in (self.tokens, self.positions):
+            nn.init.normal_(table.weight, std=0.02)
+        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, tokens, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = _Attention(width, heads)
+        self.hidden = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.first(x))
+        return x + self.hidden(self.second(x))
+
+
+class _Attention(nn.Module):
+    """Each place looks at those before it and itself, in H heads of D channels."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.num_heads, self.head_dim = heads, width // heads
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
