@@ -41,3 +41,20 @@ def test_two_boxes_of_one_class(detections, expected):
 def test_classes_count_alike_and_padding_does_not_count():
     assert score([[(A, 0.9, 0)]], [[[*A, 0], [*B, 3], [0, 0, 0, 0, -1]]]) == pytest.approx(0.5)
     assert math.isnan(score([[(A, 0.9, 0)]], [[[0, 0, 0, 0, -1]]]))
+
+
+def test_rows_that_count_several_times_are_like_repeated_rows():
+    random = np.random.default_rng(0)
+    rows, targets = [], np.full((30, 4, 5), -1.0)
+    for row in range(30):
+        corners = random.integers(0, 40, (4, 2))
+        targets[row, :3] = np.hstack([corners[:3], corners[:3] + 10, random.integers(0, 3, (3, 1))])
+        boxes = np.hstack([corners, corners + 10]) + random.integers(-2, 3, (4, 4))
+        rows.append((boxes, random.random(4), random.integers(0, 3, 4)))
+    metric = MeanAveragePrecision(decode=lambda outputs: outputs)
+    counted = metric.counted(metric.update(metric.init(), rows, targets))
+    for _ in range(5):
+        chosen = random.integers(0, 30, 30)
+        repeated = metric.compute(metric.update(metric.init(), [rows[i] for i in chosen], targets[chosen]))
+        assert counted(np.bincount(chosen, minlength=30)) == pytest.approx(repeated)
+    assert math.isnan(counted(np.zeros(30, int)))

@@ -33,16 +33,28 @@ class MeanAveragePrecision:
         return state
 
     def compute(self, state: list[tuple[Detections, Any]]) -> float:
-        kinds = {int(k) for _, target in state for k in target[:, 4] if k >= 0}
-        return sum(self._average_precision(state, k) for k in kinds) / len(kinds) if kinds else float("nan")
-
-    def _average_precision(self, state: list[tuple[Detections, Any]], kind: int) -> float:
         import numpy as np
 
-        scores, right, total = [], [], 0
-        for (boxes, confidences, classes), target in state:
+        return self.counted(state)(np.ones(len(state), np.int64))
+
+    def counted(self, state: list[tuple[Detections, Any]]) -> Callable[[Any], float]:
+        """The score where each row counts so many times, int [N]; rows are matched once."""
+        curves = [self._match(state, k) for k in sorted({int(k) for _, target in state for k in target[:, 4] if k >= 0})]
+
+        def score(counts: Any) -> float:
+            found = [_average_precision(counts, *curve) for curve in curves if counts @ curve[-1]]
+            return sum(found) / len(found) if found else float("nan")
+
+        return score
+
+    def _match(self, state: list[tuple[Detections, Any]], kind: int) -> tuple[Any, Any, Any]:
+        """Row and rightness of each detection of a class, best scores first, and each row's boxes of that class [N]."""
+        import numpy as np
+
+        scores, rows, right, boxes_of = [], [], [], np.zeros(len(state), np.int64)
+        for row, ((boxes, confidences, classes), target) in enumerate(state):
             truth = target[target[:, 4] == kind, :4]
-            total += len(truth)
+            boxes_of[row] = len(truth)
             taken: set[int] = set()
             mine = np.flatnonzero(classes == kind)
             for i in mine[np.argsort(-confidences[mine], kind="stable")]:
@@ -51,10 +63,21 @@ class MeanAveragePrecision:
                 hit = best >= 0 and overlaps[best] >= self.iou and best not in taken
                 taken |= {best} if hit else set()
                 scores.append(confidences[i])
+                rows.append(row)
                 right.append(hit)
-        found = np.cumsum(np.array(right, dtype=float)[np.argsort(-np.array(scores), kind="stable")])
-        precision = np.maximum.accumulate((found / np.arange(1, len(found) + 1))[::-1])[::-1]
-        return float((np.diff(found / total, prepend=0.0) * precision).sum())
+        order = np.argsort(-np.array(scores), kind="stable")
+        return np.array(rows, dtype=np.int64)[order], np.array(right, dtype=float)[order], boxes_of
+
+
+def _average_precision(counts: Any, rows: Any, right: Any, boxes_of: Any) -> float:
+    """Area under the curve of one class. Of a detection that counts several times the right ones could stand in any order: precision
+    rises within them, and made monotone it is that of the last."""
+    import numpy as np
+
+    weights = counts[rows]
+    found, seen = np.cumsum(weights * right), np.cumsum(weights)
+    precision = np.maximum.accumulate((found / np.maximum(seen, 1))[::-1])[::-1]
+    return float((np.diff(found / (counts @ boxes_of), prepend=0.0) * precision).sum())
 
 
 def overlap(box: Any, others: Any) -> Any:

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 class Metric(Protocol):
-    """What a metric of the user's own must offer; `rows` is None where the metric is no mean over rows."""
+    """What a metric of the user's own must offer; `rows` is None where the metric is no mean over rows.
+
+    It may also have `counted(state)`: a function from how often each row counts, int [N], to the score. Confidence bounds of a metric
+    that is no mean over rows then take each row in once, not once a resample.
+    """
 
     @property
     def name(self) -> str: ...
@@ -207,7 +211,7 @@ def chosen(metric: Any, target_kind: str | None, judged: bool = True) -> Metric:
         return metric
     if metric not in ("auto", "loss"):
         return named(metric)
-    if metric == "loss" or not judged or target_kind in (None, "tokens"):
+    if metric == "loss" or not judged or target_kind in (None, "tokens", "array"):
         return LossMetric(by_row=judged and target_kind == "tokens")
     return named("accuracy" if target_kind == "class" else "rmse")
 

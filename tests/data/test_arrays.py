@@ -6,6 +6,7 @@ import pytest
 from delest import errors
 from delest.data import arrays, open_source
 from delest.data.stored import PackedFile
+from delest.records.source import Target
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (20, 6, 5), dtype=np.uint8)
@@ -210,8 +211,17 @@ def test_no_rows():
     bad((np.empty((0, 3)), np.empty(0)), "'x' has 0 rows", "'target' has 0 rows")
 
 
-def test_one_hot_labels():
-    bad((IMAGES, np.eye(4)[LABELS]), "shape 20x4", "argmax")
+def test_targets_of_several_values_are_arrays_as_they_are():
+    boxes = RNG.normal(size=(20, 3, 5))
+    source = open_source((IMAGES, boxes))
+    assert source.schema.target == Target(name="target", kind="array", shape=(3, 5))
+    given = all_rows(source)["target"]
+    assert given.dtype == np.float32
+    np.testing.assert_array_equal(given, boxes.astype(np.float32))
+    assert all_rows(open_source((IMAGES, np.eye(4, dtype=bool)[LABELS])))["target"].dtype == np.int64
+    boxes[[4, 4, 7], 0, [0, 1, 2]] = np.nan
+    bad((IMAGES, boxes), "2 missing or infinite values, the first in row 4")
+    bad((IMAGES, np.array([["a", "b"]] * 20)), "shape 20x2", "it must hold numbers")
 
 
 def test_ragged_and_scalar_inputs():

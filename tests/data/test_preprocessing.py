@@ -183,3 +183,12 @@ def test_unscaled_pixels_lie_between_0_and_1_and_numbers_stay_as_they_are():
     plain = unscaled(fit_preprocessing(source, np.arange(8)))
     np.testing.assert_array_equal(plain.inputs(source.read(np.arange(8))), values)
     np.testing.assert_array_equal(plain.targets(source.read(np.arange(8))), numbers)
+
+
+def test_array_targets_stay_as_they_are():
+    boxes = RNG.normal(50, 20, (40, 3, 5)).astype(np.float32)
+    _, fit, rows = fitted((RNG.normal(size=(40, 4)), boxes))
+    assert (fit.target_mean, fit.target_std) == (0.0, 1.0)
+    np.testing.assert_array_equal(fit.targets(rows), boxes)
+    assert fit.restore(boxes) is boxes
+    assert from_json(Preprocessing, json.loads(json.dumps(to_json(fit))), "here") == fit

@@ -15,20 +15,26 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import delest
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(folder: Path, *arguments: str) -> dict:
+def call(folder: Path, *arguments: str) -> dict:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DELEST_CACHE": str(folder / "cache"), "TMPDIR": str(folder)}
     done = subprocess.run(
-        [sys.executable, "-m", "delest", "run", *arguments, "--json"],
+        [sys.executable, "-m", "delest", *arguments, "--json"],
         cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def run(folder: Path, *arguments: str) -> dict:
+    answer = call(folder, "run", *arguments)
     assert (folder / answer["path"] / "report.html").exists()
     return answer
 
@@ -109,3 +115,24 @@ def test_cifar10_without_its_folder_says_how_to_name_it(tmp_path):
     )
     assert done.returncode == 2
     assert "cifar10 does not exist" in done.stderr
+
+
+def test_detect_small(tmp_path):
+    answer = run(tmp_path, str(EXAMPLES / "detect.py"), "--rows", "400", "--epochs", "1")
+    assert 0 <= answer["test"]["mAP@0.5"] <= 1
+    shrunk = json.loads((tmp_path / answer["path"] / "shrunk" / "shrink.json").read_text())
+    assert shrunk["metric"] == "mAP@0.5"
+    assert "mAP@0.5" in (tmp_path / answer["path"] / "report.html").read_text()
+    Image.new("L", (128, 128)).save(tmp_path / "scene.png")
+    (found,) = delest.predict(tmp_path / answer["path"], [tmp_path / "scene.png"])
+    assert np.shape(found["outputs"]) == (1, 15, 8, 8)
+
+
+@pytest.mark.slow
+def test_detect_whole_and_a_third_smaller(tmp_path):
+    answer = run(tmp_path, str(EXAMPLES / "detect.py"))
+    assert answer["test"]["mAP@0.5"] >= 0.9
+    shrunk = call(tmp_path, "shrink", answer["path"], "--max-drop", "1%", "--time", "3min")
+    trained, ships = (next(c for c in shrunk["candidates"] if c["name"] == name) for name in ("fp32", shrunk["shipped"]))
+    assert ships["parameters"] <= 0.7 * trained["parameters"]
+    assert shrunk["test"]["mAP@0.5"] >= answer["test"]["mAP@0.5"] - 0.015

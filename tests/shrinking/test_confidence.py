@@ -114,3 +114,33 @@ def test_few_rows_that_are_worse_are_bounded_exactly():
     before = np.ones(150)
     before[:2] = 0  # two that were wrong are right now
     assert paired_bound(before, answers, True).upper == pytest.approx(0.0312 - 2 / 150, abs=1e-4)
+
+
+def test_a_metric_that_counts_rows_takes_each_in_once():
+    class Mean:
+        name, higher_is_better, rows, updates = "mean", True, None, 0
+
+        def init(self):
+            return []
+
+        def update(self, state, outputs, targets):
+            self.updates += 1
+            return [*state, *(outputs[:, 0, 0] == targets)]
+
+        def compute(self, state):
+            return np.mean(state)
+
+        def counted(self, state):
+            return lambda counts: np.average(state, weights=counts)
+
+    random = np.random.default_rng(0)
+    targets = np.ones(300)
+    outputs = [(random.random((300, 1, 1)) < share).astype(float) for share in (0.9, 0.8)]
+    metric = Mean()
+    reference, candidate = (evaluation(metric, each, targets) for each in outputs)
+    metric.updates = 0
+    bound = bound_drop(metric, reference, candidate)
+    assert metric.updates == 2
+    plain = type("Plain", (Mean,), {"counted": None})()
+    assert bound == resampled_bound(plain, reference, candidate)
+    assert bound.drop < bound.upper < bound.drop + 0.1

@@ -268,3 +268,11 @@ def test_a_device_that_is_not_there(here, capsys):
 
     if not torch.cuda.is_available():
         assert "--device cuda cannot be used" in refuse(capsys, "train", job, "--device", "cuda")
+
+
+def test_one_hot_targets_need_a_step_or_class_numbers(here, capsys):
+    (here / "job.py").write_text(HEAD + "job = delest.Job(model=model, data=(x, np.eye(3)[y]), metric='accuracy')")
+    said = refuse(capsys, "train", "job.py")
+    assert "target 'target' holds 3 values a row" in said
+    assert "argmax" in said
+    assert "the metric accuracy does not judge" in said

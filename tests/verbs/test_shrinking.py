@@ -11,6 +11,7 @@ from torch import nn
 
 import delest
 from delest import errors
+from delest.detection import MeanAveragePrecision
 from delest.shrinking import ladder, layer_times, pipeline
 from delest.training.progress import Progress
 
@@ -161,3 +162,75 @@ def test_bad_lengths_and_sizes_are_named(shrinkable):
         shrink(shrinkable, time="soon")
     with pytest.raises(errors.BadInput, match="'small' is not a size"):
         shrink(shrinkable, size="small")
+
+
+def scenes(rows: int = 900) -> tuple[np.ndarray, np.ndarray]:
+    """A bright or a grey square in each picture, and its box [B, 1, 5]."""
+    random = np.random.default_rng(0)
+    pictures, corners, kinds = random.integers(0, 40, (rows, 16, 16)), random.integers(0, 11, (rows, 2)), np.arange(rows) % 2
+    for picture, (x, y), kind in zip(pictures, corners, kinds, strict=True):
+        picture[y : y + 6, x : x + 6] = 120 + 120 * kind
+    return pictures.astype(np.uint8), np.hstack([corners, corners + 6, kinds[:, None]])[:, None].astype(np.float32)
+
+
+class Detector(nn.Sequential):
+    """[B, 1, 16, 16] -> [B, 4, 4, 4]: objectness, the middle's distance from the cell's, the class."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 16, 5, 2, 2),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, 1, 1),
+            nn.ReLU(),
+            nn.Conv2d(64, 4, 1),
+        )
+
+
+def detector_step(model, batch):
+    answers, target = model(batch.inputs).flatten(2), batch.targets[:, 0]  # [B, 4, 16] and [B, 5]
+    middle = (target[:, :2] + target[:, 2:4]) / 2
+    cell = (middle // 4).long().clamp(0, 3)
+    place = cell[:, 1] * 4 + cell[:, 0]
+    chosen = answers.gather(2, place[:, None, None].expand(-1, 4, 1))[..., 0]
+    functional = nn.functional
+    found = functional.cross_entropy(answers[:, 0], place)
+    moved = functional.smooth_l1_loss(chosen[:, 1:3], (middle - 4 * cell - 2) / 4)
+    return found + moved + functional.binary_cross_entropy_with_logits(chosen[:, 3], target[:, 4])
+
+
+def decoded(outputs):
+    found = []
+    for answers in outputs.reshape(len(outputs), 4, 16):
+        place = answers[0].argmax()
+        middle = 4 * (answers[1:3, place] + np.array([place % 4, place // 4]) + 0.5)
+        found.append(
+            (np.hstack([middle - 3, middle + 3])[None], answers[0, place][None], (answers[3, place] > 0)[None].astype(int))
+        )
+    return found
+
+
+def test_a_detector_is_made_narrower_by_its_mean_average_precision(tmp_path, monkeypatch):
+    from delest import runs
+
+    monkeypatch.chdir(tmp_path)
+    job = delest.Job(
+        model=Detector,
+        data=scenes(),
+        step=detector_step,
+        predict=lambda model, pictures: model(pictures),
+        metric=MeanAveragePrecision(decoded, name="mAP@0.5"),
+        batch_size=32,
+        recipe=delest.Recipe(epochs=10, lr=0.01, memory_format="contiguous", precision="fp32"),
+        name="squares",
+    )
+    found = delest.train(job, out="r", threads=1, say=Progress())
+    assert found.test["mAP@0.5"] > 0.5
+    monkeypatch.setattr(runs, "job_of", lambda folder, given: job)
+    shrunk = shrink(found.path, max_drop=0.3)
+    assert shrunk.stages[0].accepted, shrunk.stages
+    plain, narrow = (next(one for one in shrunk.candidates if one.name == name) for name in ("fp32", "pruned-1"))
+    assert plain.selection["mAP@0.5"] == pytest.approx(shrunk.candidates[0].selection["mAP@0.5"], abs=1e-3)
+    assert narrow.parameters < 0.7 * plain.parameters
+    assert narrow.bound.drop <= narrow.bound.upper <= 0.3

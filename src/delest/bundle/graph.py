@@ -71,7 +71,7 @@ def assemble(network: ModelProto, preprocessing: Preprocessing) -> ModelProto:
 
 def head(network: ModelProto, schema: Schema) -> Head:
     """What has to follow the network, by the target and the shape of its output."""
-    if schema.target is None or len(network.graph.output) != 1:
+    if schema.target is None or schema.target.kind == "array" or len(network.graph.output) != 1:
         return "none"
     output = network.graph.output[0]
     shape = [dimension.dim_value or None for dimension in output.type.tensor_type.shape.dim]

@@ -20,7 +20,9 @@ def predict(
     bundle: Annotated[
         Path, typer.Argument(metavar="BUNDLE", help="bundle folder, or the folder of its run", show_default=False)
     ],
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT", help="images, folders, texts, or files of rows", show_default=False)],
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT", help="images, folders, texts, or files of rows", show_default=False)
+    ],
     *,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="write a .csv or .json file instead of printing", show_default=False)

@@ -62,11 +62,13 @@ class Preprocessing:
         return tuple(arrays.values()) if self.positional else arrays
 
     def targets(self, rows: Mapping[str, NDArray]) -> NDArray | None:
-        """int64 class codes [B] or ids of tokens [B, T], or standardised float32 numbers [B]; None where there is no target."""
+        """int64 class codes [B] or ids of tokens [B, T], standardised float32 numbers [B], or arrays as stored; None where there is no target."""
         target = self.schema.target
         if target is None:
             return None
         values = rows[target.name]
+        if target.kind == "array":
+            return values
         if target.kind != "number":
             return values.astype(np.int64, copy=False)
         return ((values - self.target_mean) / self.target_std).astype(np.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,11 +41,7 @@ def summarise(source: Source, splits: Mapping[str, NDArray[int64]]) -> Summary:
         row_bytes=_row_bytes(schema),
         left_out=tuple(getattr(source, "left_out", ())),
         notes=tuple(_notes(source, splits, columns, classes)),
-        baseline=_of_frequencies(source, splits)
-        if schema.is_text
-        else {}
-        if labels is None
-        else _baseline(labels, schema.classes is not None, splits),
+        baseline=_baseline(source, labels, splits),
     )
 
 
@@ -141,30 +137,27 @@ def _row_hashes(source: Source, index: NDArray[int64]) -> Iterator[int]:
             yield hash(tuple(rows[column.name][place].tobytes() for column in source.schema.inputs))
 
 
-def _baseline(labels: NDArray, are_classes: bool, splits: Mapping[str, NDArray[int64]]) -> dict[str, float]:
-    """Score on test (else validation, else train) of the answer that is best on train whatever the inputs are."""
-    train, judged = splits.get("train"), _judged(splits)
-    if train is None or judged is None or not len(train):
+def _baseline(source: Source, labels: NDArray | None, splits: Mapping[str, NDArray[int64]]) -> dict[str, float]:
+    """Score on test (else validation, else train) of the answer that is best on train whatever the inputs are; none for arrays."""
+    target, train = source.schema.target, splits.get("train")
+    judged = next((splits[role] for role in ("test", "validation", "train") if len(splits.get(role, ()))), None)
+    if target is None or train is None or judged is None or not len(train):
         return {}
-    name: Literal["accuracy", "rmse"] = "accuracy" if are_classes else "rmse"
-    if are_classes:
-        return {name: float((labels[judged] == np.bincount(labels[train]).argmax()).mean())}
-    return {name: float(np.sqrt(((labels[judged] - labels[train].mean()) ** 2).mean()))}
-
-
-def _judged(splits: Mapping[str, NDArray[int64]]) -> NDArray[int64] | None:
-    return next((splits[role] for role in ("test", "validation", "train") if len(splits.get(role, ()))), None)
-
-
-def _of_frequencies(source: Source, splits: Mapping[str, NDArray[int64]]) -> dict[str, float]:
-    """Cross-entropy, in nats a token, of answering with the frequencies of train whatever came before; one that train lacks counts once."""
-    train, judged = splits.get("train"), _judged(splits)
-    if train is None or judged is None or not len(train):
+    if target.kind == "tokens":
+        return {"loss": _cross_entropy_of_frequencies(source, train, judged)}
+    if labels is None or target.kind == "array":
         return {}
+    if target.kind == "class":
+        return {"accuracy": float((labels[judged] == np.bincount(labels[train]).argmax()).mean())}
+    return {"rmse": float(np.sqrt(((labels[judged] - labels[train].mean()) ** 2).mean()))}
+
+
+def _cross_entropy_of_frequencies(source: Source, train: NDArray[int64], judged: NDArray[int64]) -> float:
+    """In nats a token, of answering with the frequencies of train whatever came before; a token that train lacks counts once."""
     counts = _token_counts(source, train)
     logarithms = np.log(np.maximum(counts, 1) / counts.sum())
     expected = _token_counts(source, judged)
-    return {"loss": float(-(expected * logarithms).sum() / expected.sum())}
+    return float(-(expected * logarithms).sum() / expected.sum())
 
 
 def _token_counts(source: Source, index: NDArray[int64]) -> NDArray[int64]:

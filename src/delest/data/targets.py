@@ -65,7 +65,8 @@ def roles_of_files(names: Iterable[str], rows: Iterable[int]) -> NDArray | None:
 
 
 def encode_target(name: str, raw: NDArray, where: str) -> tuple[Target, NDArray, list[str]]:
-    """Labels [N] as a `Target` with class codes int64 [N] or numbers float64 [N], and the faults that were found.
+    """Labels [N] as a `Target` with class codes int64 [N] or numbers float64 [N], and the faults that were found; arrays [N, ...]
+    of numbers as they are, float32 or int64.
 
     Text, truth values and few distinct whole numbers are classes, named by their text in sorted order; floating values
     are a number, and so are whole numbers with more distinct values than 50 and than 5 % of the rows.
@@ -73,12 +74,16 @@ def encode_target(name: str, raw: NDArray, where: str) -> tuple[Target, NDArray,
     if raw.ndim == 2 and raw.shape[1] == 1:
         raw = raw[:, 0]
     nothing = Target(name=name, kind="number"), np.empty(0)
+    if raw.ndim > 1 and raw.dtype.kind in "iufb":
+        bad = np.unique(np.argwhere(~np.isfinite(raw))[:, 0])
+        faults = [missing_values(where, name, len(bad), int(bad[0]))] if len(bad) else []
+        kept = raw.astype(np.float32 if raw.dtype.kind == "f" else np.int64, copy=False)
+        return Target(name=name, kind="array", shape=raw.shape[1:]), kept, faults
     if raw.ndim != 1:
         shape = "x".join(map(str, raw.shape))
-        advice = (
-            "class numbers, as `targets.argmax(1)` makes them of one-hot rows, or leave them among the inputs and give a step"
-        )
-        return *nothing, [f"{where}: target {name!r} has shape {shape}; it must hold one value a row: give {advice}."]
+        return *nothing, [
+            f"{where}: target {name!r} has shape {shape} and type {raw.dtype}; it must hold numbers, or one value a row."
+        ]
     if raw.dtype.kind == "O":
         if not all(isinstance(value, str) for value in raw):
             return *nothing, [f"{where}: target {name!r} holds Python objects; give numbers or text without gaps."]

@@ -35,11 +35,13 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is to be predicted: a class (codes 0 .. K-1), a number, or for each token of a text the next one (ids 0 .. V-1)."""
+    """What is to be predicted: a class (codes 0 .. K-1), a number, for each token of a text the next one (ids 0 .. V-1), or an array that
+    the job's own `step` reads (boxes, masks)."""
 
     name: str
-    kind: Literal["class", "number", "tokens"]
+    kind: Literal["class", "number", "tokens", "array"]
     classes: tuple[str, ...] | None = None  # of tokens: the vocabulary
+    shape: tuple[int, ...] = ()  # of one row of an array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,7 @@ class Source(Protocol):
     def read(self, index: NDArray[int64]) -> dict[str, NDArray]:
         """Rows by number: input columns and target by name. Images are uint8 [B, H, W, C]; number columns are
         float64 [B] with NaN for a missing value; category columns are int64 codes [B]; a class target is int64
-        codes [B], a number target float64 [B]; tokens, also as target, are int64 ids [B, T]."""
+        codes [B], a number target float64 [B], an array target float32 or int64 [B, ...]; tokens, also as target, are int64 ids [B, T]."""
 
     def values(self, name: str) -> NDArray:
         """One column whole as it is stored (never an image column): for stratifying and splitting."""

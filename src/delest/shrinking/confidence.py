@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,21 +60,26 @@ def resampled_bound(
     sign = 1.0 if metric.higher_is_better else -1.0
     random = np.random.default_rng(seed)
     rows = len(reference.targets)
-
-    def score(outputs: NDArray, targets: NDArray) -> float:
-        return float(metric.compute(metric.update(metric.init(), outputs, targets)))
-
+    before, after = (_scorer(metric, outputs, reference.targets) for outputs in (reference.outputs, candidate.outputs))
     drops = np.empty(resamples)
     for place in range(resamples):
         chosen = random.integers(0, rows, rows)
-        targets = reference.targets[chosen]
-        drops[place] = sign * (score(reference.outputs[chosen], targets) - score(candidate.outputs[chosen], targets))
+        drops[place] = sign * (before(chosen) - after(chosen))
     return Bound(
         drop=sign * (reference.score - candidate.score),
         upper=float(np.nanpercentile(drops, 95)),
         rows=rows,
-        disagreeing=float((_answers(reference) != _answers(candidate)).mean()),
+        disagreeing=float((_answers(reference) != _answers(candidate)).reshape(rows, -1).any(1).mean()),
     )
+
+
+def _scorer(metric: Metric, outputs: NDArray, targets: NDArray) -> Callable[[NDArray], float]:
+    """The score of chosen rows, of which some may be chosen several times."""
+    counted = getattr(metric, "counted", None)
+    if counted is None:
+        return lambda chosen: float(metric.compute(metric.update(metric.init(), outputs[chosen], targets[chosen])))
+    score = counted(metric.update(metric.init(), outputs, targets))
+    return lambda chosen: float(score(np.bincount(chosen, minlength=len(targets))))
 
 
 def bound_drop(metric: Metric, reference: Evaluation, candidate: Evaluation) -> Bound | None:
@@ -104,11 +110,13 @@ def _are_means(*evaluations: Evaluation) -> bool:
 
 
 def _answers(evaluation: Evaluation) -> NDArray:
-    """What a row is judged by: the chosen class, or the value."""
+    """What a row is judged by: the chosen class, the value, or all of a grid."""
     assert evaluation.outputs is not None
     assert evaluation.targets is not None
     outputs = evaluation.outputs
     if outputs.ndim == 2 and outputs.shape[1] > 1:
         return outputs.argmax(1)
+    if outputs.ndim > 2:
+        return outputs
     flat = outputs.reshape(len(outputs), -1)[:, 0]
     return flat > 0 if evaluation.targets.dtype.kind in "iu" else flat

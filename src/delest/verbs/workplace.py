@@ -17,6 +17,7 @@ from delest.records.plan import Plan
 if TYPE_CHECKING:
     from delest.records.batch import Inputs
     from delest.records.run import Summary
+    from delest.records.source import Target
     from delest.training.loop import Trainer
     from delest.training.progress import Progress
 
@@ -177,6 +178,8 @@ def _mismatches(job: Job, source: Any) -> list[str]:
             if job.step is not None
             else ["the data have no target to learn: name one with --target, or give the Job a `step`."]
         )
+    if target.kind == "array":
+        return _array_mismatches(job, target)
     faults = []
     if target.kind == "tokens":
         if isinstance(job.metric, str) and job.metric not in ("auto", "loss"):
@@ -193,6 +196,20 @@ def _mismatches(job: Job, source: Any) -> list[str]:
         faults.append(
             f"the loss {job.loss} does not fit a {target.kind} target ({target.name}): use one of {', '.join(losses)}."
         )
+    return faults
+
+
+def _array_mismatches(job: Job, target: Target) -> list[str]:
+    """What judges single values where a target holds an array a row."""
+    what = f"target {target.name!r} holds {'x'.join(map(str, target.shape))} values a row"
+    faults = []
+    if job.step is None and isinstance(job.loss, str):
+        advice = (
+            "class numbers, as `targets.argmax(1)` makes them of one-hot rows, or give the Job a `step` or a loss of your own"
+        )
+        faults.append(f"{what}; the loss {job.loss} needs one: give {advice}.")
+    if isinstance(job.metric, str) and (job.metric != "auto" or (job.step is not None and job.predict is not None)):
+        faults.append(f"{what}, which the metric {job.metric} does not judge: give a delest.metrics.Metric of your own.")
     return faults
 
 
