@@ -35,6 +35,12 @@ def test_what_is_no_size_is_refused(text: str | int) -> None:
         read_size(text, 1000)
 
 
+def test_a_share_of_nothing_is_no_size() -> None:
+    assert read_size("2MB") == 2_000_000
+    with pytest.raises(BadInput, match="as in 500kB or 2MB"):
+        read_size("80%")
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [

@@ -16,8 +16,8 @@ _SECONDS = {"": 1.0, "ms": 1e-3, "s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "
 _PART = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z%]*)\s*")
 
 
-def read_size(text: str | int, whole_bytes: int) -> int:
-    """Bytes of `8GiB` (powers of 1024), `500MB` (powers of 1000) or `80%` of `whole_bytes`; an int is bytes already.
+def read_size(text: str | int, whole_bytes: int | None = None) -> int:
+    """Bytes of `8GiB` (powers of 1024), `500MB` (powers of 1000) or `80%` of `whole_bytes` (None: there is nothing to be a share of); an int is bytes already.
 
     Raises `BadInput` where it is none of these, has no unit or is not above zero.
     """
@@ -25,11 +25,12 @@ def read_size(text: str | int, whole_bytes: int) -> int:
         amount, unit = float(text), "b"
     else:
         amount, unit = _only_part(text) or (0.0, "")
-    if unit == "%" and 0 < amount <= 100:
+    if unit == "%" and 0 < amount <= 100 and whole_bytes is not None:
         return int(whole_bytes * amount / 100)
     if unit in _BYTES and amount * _BYTES[unit] >= 1:
         return int(amount * _BYTES[unit])
-    raise errors.BadInput(f"{text!r} is not a size: write a number above zero with its unit, as in 8GiB, 500MB or 80%.")
+    examples = "500kB or 2MB" if whole_bytes is None else "8GiB, 500MB or 80%"
+    raise errors.BadInput(f"{text!r} is not a size: write a number above zero with its unit, as in {examples}.")
 
 
 def read_seconds(text: str | float) -> float:

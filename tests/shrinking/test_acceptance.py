@@ -51,7 +51,7 @@ NOISY = {"latency_seconds": {1: 0.010, 32: 0.090}, "latency_spread": {1: (0.009,
             False,
             "it loses 0.02 on average and up to 0.03",
         ),
-        ({"bound": Bound(drop=0.001, upper=0.009, rows=1000, disagreeing=0.03)}, False, "about 4,000 selection rows"),
+        ({"bound": Bound(drop=0.001, upper=0.009, rows=1000, disagreeing=0.03)}, False, "about 4,000 such rows"),
         ({"bound": Bound(drop=0.0, upper=0.0, rows=100, disagreeing=0.0)}, False, "no row differs on 100 rows"),
         ({"bound": Bound(drop=0.0, upper=0.0, rows=600, disagreeing=0.0)}, True, "file 2.5 times smaller"),
     ],
@@ -72,6 +72,23 @@ def test_what_ships_is_small_and_fast_and_of_equals_what_loses_least():
     ships, fast, small, missed = best_of([plain, slim, light, same], plain, Wish())
     assert (ships.name, fast.name, small.name, missed) == ("light", "slim", "light", None)
     assert best_of([plain, slim, same], plain, Wish())[0].name == "same"
+
+
+def noisy(name, size, seconds, drop=0.0, around=0.2):
+    spread = (seconds * (1 - around), seconds * (1 + around))
+    return replace(form(name, size, seconds, drop), latency_spread={1: spread, 32: spread})
+
+
+def test_chance_decides_nothing_among_forms_of_one_size():
+    plain = form("fp32", 1000, 1.0)
+    for one, other in ((0.5, 0.6), (0.6, 0.5)):  # the same two, measured on a busy machine
+        candidates = [plain, noisy("int8", 250, one, drop=0.002), noisy("weights", 250, other, drop=0.001)]
+        ships, fast, _, _ = best_of(candidates, plain, Wish())
+        assert (ships.name, fast.name) == ("weights", "weights")
+    quick = [plain, form("int8", 250, 0.5, drop=0.002), form("weights", 250, 0.6, drop=0.001)]
+    assert [one.name for one in best_of(quick, plain, Wish())[:2]] == ["int8", "int8"]
+    equal = [plain, noisy("int8", 250, 0.6), noisy("weights", 249, 0.5)]
+    assert best_of(equal, plain, Wish())[0].name == "weights"
 
 
 def test_a_wish_decides_what_may_ship_and_the_nearest_is_named_where_nothing_does():

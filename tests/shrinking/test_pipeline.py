@@ -1,5 +1,7 @@
 import contextlib
+import itertools
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,8 @@ from delest.bundle import load
 from delest.data import open_source
 from delest.records.form import read_json
 from delest.records.shrunk import Shrunk
-from delest.shrinking import pipeline
+from delest.reporting.text import shrunk_text
+from delest.shrinking import forms, pipeline
 from delest.shrinking.pipeline import shrink_run
 from delest.training.evaluate import evaluate
 
@@ -76,7 +79,7 @@ def candidates(shrunk):
 
 def test_int8_ships_where_it_is_smaller_and_proven(tmp_path, digits):
     shrunk, said = shrink(tmp_path, digits)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "shrunk"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "shrinking", "shrunk"]
     assert shrunk.path == tmp_path / "shrunk"
     assert shrunk.shipped in ("int8", "weights")  # as large as one another: the faster one here
     found = candidates(shrunk)
@@ -155,7 +158,44 @@ def test_too_few_rows_are_counted(tmp_path, digits):
     shrunk, _ = shrink(tmp_path, digits, feeds=feeds, max_drop=0.005)
     assert shrunk.shipped == "fp32"
     assert "too few rows" in candidates(shrunk)["int8"].why
-    assert "selection rows" in candidates(shrunk)["int8"].why
+    assert re.search(r"about \d+ such rows would", candidates(shrunk)["int8"].why)
+    assert shrunk.judged_on == "selection"
+
+
+def test_validation_rows_judge_where_there_are_no_others(tmp_path, digits):
+    feeds = {"train": digits.feeds["train"], "validation": digits.feeds["selection"]}
+    shrunk, _ = shrink(tmp_path, digits, feeds=feeds)
+    assert shrunk.judged_on == "validation"
+    assert candidates(shrunk)["int8"].kept
+    assert "95 % paired bound on 500 validation rows" in shrunk_text(shrunk)
+
+
+def test_a_busy_machine_is_told(tmp_path, digits, monkeypatch):
+    def timed(spread):
+        return lambda calls: dict.fromkeys(calls, (1.0, 1 - spread / 2, 1 + spread / 2))
+
+    for spread, told in ((0.1, False), (0.6, True)):
+        monkeypatch.setattr(pipeline, "time_alternating", timed(spread))
+        shrunk, said = shrink(tmp_path / str(spread), digits)
+        assert any("the time of an answer varies by 60%" in line for line in said) is told
+        assert ("restless: answers vary by 60%" in shrunk_text(shrunk)) is told
+
+
+def test_times_are_followed_until_what_they_led_to_is_there(tmp_path, digits, monkeypatch):
+    clock = itertools.count(1)
+    monkeypatch.setattr(pipeline, "time_alternating", lambda calls: dict.fromkeys(calls, (float(next(clock)),) * 3))
+    replace = pipeline.replace_folder
+
+    def fail(new, old):
+        raise OSError("the machine went down")
+
+    monkeypatch.setattr(pipeline, "replace_folder", fail)
+    with pytest.raises(OSError, match="went down"):
+        shrink(tmp_path, digits)
+    monkeypatch.setattr(pipeline, "replace_folder", replace)
+    for seconds in (1.0, 3.0):  # those of the call that failed; then a call that asks anew
+        shrunk, _ = shrink(tmp_path, digits)
+        assert candidates(shrunk)["int8"].latency_seconds == {1: seconds, 32: seconds + 1}
 
 
 def test_without_selection_and_validation_rows_nothing_is_proven(tmp_path, digits):
@@ -193,8 +233,8 @@ def test_a_network_that_cannot_be_quantised_ships_in_fp32(tmp_path, digits, monk
     def fail(*arguments, **named):
         raise RuntimeError("operator of an unknown kind\nand much more")
 
-    monkeypatch.setattr(pipeline, "best_static", fail)
-    monkeypatch.setattr(pipeline, "quantize_weights", fail)
+    monkeypatch.setattr(forms, "best_static", fail)
+    monkeypatch.setattr(forms, "quantize_weights", fail)
     shrunk, _ = shrink(tmp_path, digits)
     assert shrunk.shipped == "fp32"
     assert (

@@ -1,18 +1,13 @@
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
+from onnx_networks import quantize, run
 from sessions import Network, Table
 from torch import nn
 
 from delest.backends.torch.export import export_network
 from delest.records.source import Column, Schema
-from delest.shrinking.quantize import quantize
-
-
-def run(path, inputs):
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, inputs)[0]
 
 
 def operators(path):
@@ -32,7 +27,7 @@ def test_a_convolutional_network_becomes_int8(tmp_path, reduce_range):
     export_network(network, x[:2], tmp_path / "fp32.onnx")
     layers = quantize(
         tmp_path / "fp32.onnx",
-        ({"x": x[k : k + 16]} for k in range(0, 64, 16)),
+        [{"x": x[k : k + 16]} for k in range(0, 64, 16)],
         tmp_path / "int8.onnx",
         reduce_range=reduce_range,
     )
@@ -52,7 +47,7 @@ def test_a_convolutional_network_becomes_int8(tmp_path, reduce_range):
 def test_scores_stay_in_fp32(tmp_path):
     x = np.random.default_rng(0).normal(size=(256, 20)).astype(np.float32)
     export_network(nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 1)), x[:2], tmp_path / "fp32.onnx")
-    quantize(tmp_path / "fp32.onnx", [{"x": x}], tmp_path / "int8.onnx", reduce_range=True)
+    quantize(tmp_path / "fp32.onnx", [{"x": x}], tmp_path / "int8.onnx")
     assert operators(tmp_path / "int8.onnx")[-1] == "Gemm"
     assert len(np.unique(run(tmp_path / "int8.onnx", {"x": x}))) > 250
 
@@ -62,7 +57,7 @@ def test_a_table_network_keeps_its_embeddings(tmp_path):
     random = np.random.default_rng(0)
     inputs = {"numbers": random.normal(size=(64, 1)).astype(np.float32), "categories": random.integers(0, 3, (64, 1))}
     export_network(Table(Schema(inputs=columns)), {name: array[:2] for name, array in inputs.items()}, tmp_path / "fp32.onnx")
-    assert quantize(tmp_path / "fp32.onnx", [inputs], tmp_path / "int8.onnx", reduce_range=True) == ["hidden", "head"]
+    assert quantize(tmp_path / "fp32.onnx", [inputs], tmp_path / "int8.onnx") == ["hidden", "head"]
     weights = {w.name: onnx.numpy_helper.to_array(w).dtype for w in onnx.load(tmp_path / "int8.onnx").graph.initializer}
     assert weights["network.embeddings.0.weight"] == np.float32
     expected, given = run(tmp_path / "fp32.onnx", inputs), run(tmp_path / "int8.onnx", inputs)
@@ -72,4 +67,4 @@ def test_a_table_network_keeps_its_embeddings(tmp_path):
 def test_a_network_without_products_has_no_int8_layers(tmp_path):
     x = np.ones((4, 3), np.float32)
     export_network(nn.Sequential(nn.ReLU(), nn.Softmax(1)), x[:2], tmp_path / "fp32.onnx")
-    assert quantize(tmp_path / "fp32.onnx", [{"x": x}], tmp_path / "int8.onnx", reduce_range=True) == []
+    assert quantize(tmp_path / "fp32.onnx", [{"x": x}], tmp_path / "int8.onnx") == []

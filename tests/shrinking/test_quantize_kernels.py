@@ -1,6 +1,7 @@
 import numpy as np
+import onnx
 import torch
-from onnx_networks import random_weights, run, save_attention, save_dense
+from onnx_networks import quantize, random_weights, run, save_attention, save_dense
 from sessions import Network
 from torch import nn
 
@@ -8,7 +9,6 @@ from delest.backends.torch.export import export_network
 from delest.shrinking import qdq
 from delest.shrinking.calibration import Activations, min_max
 from delest.shrinking.kernels import list_kernels
-from delest.shrinking.quantize import best_static, quantize
 
 RANDOM = np.random.default_rng(0)
 
@@ -23,7 +23,7 @@ def test_int8_layers_are_named_as_in_training(tmp_path):
     x = RANDOM.normal(size=(32, 3, 8, 8)).astype(np.float32)
     torch.manual_seed(0)
     export_network(Network(3, 4).eval(), x[:2], tmp_path / "fp32.onnx")
-    quantize(tmp_path / "fp32.onnx", [{"x": x}], tmp_path / "int8.onnx", reduce_range=True)
+    quantize(tmp_path / "fp32.onnx", [{"x": x}], tmp_path / "int8.onnx")
     kernels = list_kernels(tmp_path / "int8.onnx")
     assert sorted(kernels.int8) == ["first", "head", "second"]
     assert kernels.float == []
@@ -34,12 +34,10 @@ def test_a_layer_that_only_looks_quantised_is_listed_as_float(tmp_path, capfd):
     x = RANDOM.normal(size=(32, 3, 8, 8)).astype(np.float32)
     module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
     export_network(module, x[:2], tmp_path / "fp32.onnx")
-    assert quantize(tmp_path / "fp32.onnx", [{"x": x}], tmp_path / "int8.onnx", reduce_range=True) == ["0", "2"]
+    assert quantize(tmp_path / "fp32.onnx", [{"x": x}], tmp_path / "int8.onnx") == ["0"]
+    weights = {weight.name for weight in onnx.load(tmp_path / "int8.onnx").graph.initializer}
+    assert "network.2.weight_quantized" in weights
     assert list_kernels(tmp_path / "int8.onnx") == (["0"], ["2"])
-    form = best_static(
-        tmp_path / "fp32.onnx", lambda: [{"x": x}], tmp_path / "int8.onnx", reduce_range=True, judge=lambda _: 0.0
-    )
-    assert form.int8 == ["0"]
     assert capfd.readouterr() == ("", "")
 
 

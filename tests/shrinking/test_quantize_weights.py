@@ -2,10 +2,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
-from onnx_networks import random_weights, run, save, save_dense
+from onnx_networks import quantize, random_weights, run, save, save_dense
 
 from delest.shrinking.kernels import list_kernels
-from delest.shrinking.quantize import quantize
 from delest.shrinking.weights import quantize_weights
 
 RANDOM = np.random.default_rng(0)
@@ -130,7 +129,7 @@ def test_each_output_channel_has_a_step_of_its_own(tmp_path, kind, shape, x, att
 def test_after_int8_the_embeddings_follow(tmp_path):
     network = save_embedding(tmp_path / "fp32.onnx")
     tokens = {"tokens": RANDOM.integers(0, 1000, (50, 20))}
-    assert quantize(network, [tokens], tmp_path / "int8.onnx", reduce_range=True) == ["head"]
+    assert quantize(network, [tokens], tmp_path / "int8.onnx") == ["head"]
     assert quantize_weights(tmp_path / "int8.onnx", tmp_path / "small.onnx") == ["table"]
     assert network.stat().st_size > 3.5 * (tmp_path / "small.onnx").stat().st_size
     kernels = list_kernels(tmp_path / "int8.onnx")

@@ -86,6 +86,26 @@ def test_a_truncated_jpeg_is_named_and_can_be_left_out(here, capsys):
     assert any("8.jpg" in line for line in summary["left_out"])
 
 
+def test_layers_without_a_shape_are_named(here, capsys):
+    job = """
+    def lazy(known):
+        network = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyBatchNorm1d(), nn.Linear(8, 3))
+        if known:
+            import torch
+            network(torch.zeros(2, 6))
+        return network
+
+    job = delest.Job(model=lambda: lazy(KNOWN), data=(x, y), recipe=delest.Recipe(epochs=1))
+    """
+    write_job(here, job.replace("KNOWN", "False"))
+    for verb in ("train", "estimate"):
+        said = refuse(capsys, verb, "job.py")
+        assert "0 (LazyLinear), 2 (LazyBatchNorm1d)" in said
+        assert "model(torch.zeros(2, 1, 28, 28))" in said
+    write_job(here, job.replace("KNOWN", "True"))
+    assert main(["train", "job.py", "--quiet", "--out", "r"]) == 0
+
+
 def test_a_table_without_that_target(here, capsys):
     (here / "loans.csv").write_text("income,repaid\n" + "".join(f"{i},{i % 2}\n" for i in range(50)))
     said = refuse(capsys, "train", "loans.csv", "--target", "repayed")

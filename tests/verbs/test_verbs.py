@@ -288,7 +288,7 @@ def test_a_killed_shrink_is_gone_on_with(job, monkeypatch):
     from delest.shrinking import pipeline
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_quantize", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline, "quantize", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             delest.run(job, say=Progress())
     run = delest.run(job, resume=True, say=Progress())

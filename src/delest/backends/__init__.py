@@ -80,8 +80,11 @@ class Backend(Protocol):
     def narrower(self, job: Job, schema: Schema, architecture: Mapping[str, Any]) -> Job:
         """The job with a factory of the narrower network."""
 
-    def student(self, job: Job, plan: Plan, schema: Schema, teacher: Session, *, rows: int, keep: bool) -> Session:
-        """A session that learns from targets and from the answers of a trained session, kept by row number below `rows` with `keep`."""
+    def teacher(self, session: Session, feed: Any, *, keep: bool) -> Any:
+        """A trained session as it teaches the rows of a feed; with `keep` each row is answered once, now."""
+
+    def student(self, job: Job, plan: Plan, schema: Schema, teacher: Any) -> Session:
+        """A session that learns from targets and from the answers of a teacher."""
 
 
 class Pruner(Protocol):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+RESTLESS = 0.25  # a candidate's `spread` from which on something else computes on the machine
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
@@ -29,12 +31,18 @@ class Candidate:
     weights_bytes: int  # of the parameters and buffers
     latency_seconds: dict[int, float]  # median by batch size
     latency_spread: dict[int, tuple[float, float]]  # lower and upper quartile
-    selection: dict[str, float]  # metrics on the selection split
+    selection: dict[str, float]  # metrics on the rows that judge
     bound: Bound | None = None  # against the trained model; None for the trained model itself
     parity: float | None = None  # largest absolute difference of outputs from the trained model on real rows
     kept: bool = True
     why: str = ""
     parameters: int | None = None
+
+    @property
+    def spread(self) -> float:
+        """How far the quartiles of its latency are apart, as a share of the median, at the batch size where they are furthest."""
+        apart = [(high - low) / self.latency_seconds[size] for size, (low, high) in self.latency_spread.items()]
+        return max(apart, default=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,3 +71,9 @@ class Shrunk:
     fast: str = ""  # the candidate that answers soonest, of those that may ship
     small: str = ""  # the smallest of them
     stages: tuple[Stage, ...] = ()
+    judged_on: str = "selection"  # the role of the rows that judged; "train" proves nothing
+
+    @property
+    def spread(self) -> float:
+        """The largest spread of the candidates' latencies."""
+        return max((candidate.spread for candidate in self.candidates), default=0.0)

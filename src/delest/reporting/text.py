@@ -10,7 +10,7 @@ from delest.records.footprint import Footprint
 from delest.records.hardware import Diagnosis, Hardware, Roofline
 from delest.records.plan import Choice, Option, Plan
 from delest.records.run import Run, Summary
-from delest.records.shrunk import Shrunk
+from delest.records.shrunk import RESTLESS, Shrunk
 from delest.reporting import words
 from delest.units import format_bytes, format_seconds
 
@@ -221,7 +221,13 @@ def shrunk_text(shrunk: Shrunk) -> str:
         ("smallest", shrunk.small if shrunk.small != shrunk.shipped else ""),
         ("test", words.scores_words(shrunk.test)),
         ("threads", str(shrunk.threads)),
-        ("proof", f"95 % paired bound on {rows_used:,} selection rows" if rows_used else ""),
+        ("proof", f"95 % paired bound on {rows_used:,} {shrunk.judged_on} rows" if rows_used else ""),
+        (
+            "timing",
+            f"restless: answers vary by {shrunk.spread:.0%}, measure again on a quiet machine"
+            if shrunk.spread > RESTLESS
+            else "",
+        ),
         ("files", str(shrunk.path)),
     ]
     return sections(

@@ -41,7 +41,7 @@ def loses(bound: Bound | None, max_drop: float) -> str | None:
         seen = "no row differs" if bound.disagreeing == 0 else f"it loses up to {bound.upper:.4g} with 95 % confidence"
         return (
             f"{seen} on {bound.rows:,} rows, {max_drop:g} is allowed: that is too few rows to prove it; "
-            f"about {needed:,} selection rows of this kind would"
+            f"about {needed:,} such rows would"
         )
     return None
 
@@ -70,10 +70,17 @@ def _apart(faster: Candidate, slower: Candidate, size: int) -> bool:
     return faster.latency_spread[size][1] < slower.latency_spread[size][0]
 
 
-def slowness(candidate: Candidate) -> float:
-    """Seconds of an answer, the geometric mean over the measured batch sizes."""
-    seconds = candidate.latency_seconds.values()
+def slowness(candidate: Candidate, beside: Candidate | None = None) -> float:
+    """Seconds of an answer, the geometric mean over the measured batch sizes; those of `beside` where the measurements do not tell the two apart."""
+    seconds = [
+        beside.latency_seconds[size] if beside is not None and not _differ(candidate, beside, size) else value
+        for size, value in candidate.latency_seconds.items()
+    ]
     return math.exp(sum(math.log(max(1e-9, value)) for value in seconds) / len(seconds)) if seconds else math.inf
+
+
+def _differ(one: Candidate, other: Candidate, size: int) -> bool:
+    return _apart(one, other, size) or _apart(other, one, size)
 
 
 def best_of(
@@ -82,18 +89,24 @@ def best_of(
     """What ships, the fastest and the smallest of `candidates` (all may ship, `plain` is one), and what of the wish is not met (None: all is).
 
     What ships has the smallest product of size and seconds, both against the plain form, among those that meet the wish; of those that are within `_LEAST_GAIN` of
-    it the one that loses least.
+    it the one that loses least, and then the smallest. Seconds that the measurements do not tell apart are equal: chance decides nothing but what is on
+    the edge of the wish. Of those that are as fast as the fastest the smallest counts, and then the one that loses least.
     """
 
-    def product(one: Candidate) -> float:
-        return _bytes(one) / _bytes(plain) * slowness(one) / slowness(plain)
+    def product(one: Candidate, beside: Candidate | None = None) -> float:
+        return _bytes(one) / _bytes(plain) * slowness(one, beside) / slowness(plain)
 
-    fast, small = min(candidates, key=slowness), min(candidates, key=_bytes)
+    def drop(one: Candidate) -> float:
+        return 0.0 if one.bound is None else one.bound.drop
+
+    first, small = min(candidates, key=slowness), min(candidates, key=_bytes)
+    equals = [one for one in candidates if slowness(one, first) <= slowness(first)]
+    fast = min(equals, key=lambda one: (_bytes(one), drop(one)))
     meeting = [one for one in candidates if wish.excess(one) <= 1]
     if meeting:
-        least = min(map(product, meeting))
-        near = [one for one in meeting if product(one) <= (1 + _LEAST_GAIN) * least]
-        return min(near, key=lambda one: 0.0 if one.bound is None else one.bound.drop), fast, small, None
+        best = min(meeting, key=product)
+        near = [one for one in meeting if product(one, best) <= (1 + _LEAST_GAIN) * product(best)]
+        return min(near, key=lambda one: (drop(one), _bytes(one))), fast, small, None
     nearest = min(candidates, key=wish.excess)
     return nearest, fast, small, wish.words(nearest)
 

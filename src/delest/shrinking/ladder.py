@@ -1,17 +1,17 @@
 """Narrower networks, rung by rung: units are cut from the last network that kept the accuracy, what is left learns from the trained one, and is kept or
 taken back; then the honest rival, a network of the last rung's widths that never was larger, gets as much time as all rungs took.
 
-Everything lies in the run's folder `shrinking/`, one folder a rung, with a journal of decisions: who begins again goes on where a process was
-killed.
+Everything lies in the run's folder `shrinking/`, one folder a rung, beside the journal of decisions: who begins again goes on where a process was
+killed, and who has the journal alone comes to the same networks.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +26,13 @@ from delest.shrinking.prune import Costs, Wish, choose_units
 from delest.tensors import Arrays, write
 from delest.training.evaluate import Evaluation, evaluate
 from delest.training.loop import Limits, Trainer
+from delest.training.signals import Signals
 
 if TYPE_CHECKING:
     from delest.job import Job
     from delest.metrics import Metric
     from delest.records.plan import Plan
+    from delest.shrinking.journal import Journal
     from delest.training.progress import Progress
 
 KEEP, GENTLER = 0.6, 0.8  # share of the parameters that a rung leaves, and after one that failed
@@ -48,7 +50,7 @@ _PLAIN = ("precision", "memory_format", "micro_batch", "threads")  # methods tha
 class Ladder:
     """What all rungs need."""
 
-    folder: Path  # of the run's `shrinking/`
+    journal: Journal  # in the run's `shrinking/`
     trained: Network
     backend: Any
     job: Job
@@ -64,6 +66,7 @@ class Ladder:
     weights_sha256: str | None = None  # of the trained network
     stages: list[Stage] = field(default_factory=list)
     interrupted: errors.Interrupted | None = None  # by which climbing ended
+    signals: Signals = field(default_factory=Signals)
 
     def climb(self) -> list[Network]:
         """The networks that kept the accuracy, narrower and narrower, and the rival of the last where it kept it too.
@@ -72,67 +75,81 @@ class Ladder:
         """
         accepted = [self.trained]
         try:
-            self._climb(accepted)
+            with self.signals.watched():
+                self._climb(accepted)
         except errors.Interrupted as stopped:
             self.interrupted = stopped
             self.say.note("interrupted: what was kept so far is measured and shipped; a second time ends it at once")
         return accepted[1:]
 
     def _climb(self, accepted: list[Network]) -> None:
-        self._open_journal()
-        self._reference = evaluate(self.trained.session, self.judging, self.metric)
-        self._step = suitable_step(self.threads)
+        settings = {"allowed": self.allowed, "seconds": self.seconds, "threads": self.threads}
+        self.journal.open({**settings, "weights": self.weights_sha256, "delest": __version__})
+        self._reference = evaluate(self.trained.session, self.judging, self.metric, stop=self._stop)
+        self._step = self.journal.follow("step", "", lambda: {"channels": suitable_step(self.threads)})["channels"]
         keep, failed, spent = KEEP, 0, 0.0
         for number in range(1, RUNGS + 1):
-            begun = self._begun(f"pruned-{number}")
+            source, name = accepted[-1], f"pruned-{number}"
             share = (self.seconds * OF_TIME - spent) * OF_RUNG
-            least = LEAST_EPOCHS * self.epoch_seconds * DISTILLING
-            if begun is None and share < least:
-                if number == 1:
-                    self.say.note(
-                        f"the time is too short to teach a narrower network: give --time {least / OF_TIME / OF_RUNG + 1:.0f}s or more"
-                    )
-                break
-            facts = begun or {"from": accepted[-1].name, "remove": 1 - keep, "seconds": share}
-            network, stage = self._rung(f"pruned-{number}", accepted[-1], facts)
+            facts = self.journal.found("begun", name)
+            if facts is None:
+                if not self._is_enough(share, number):
+                    break
+                facts = self.journal.note("begun", name, **{"from": source.name, "remove": 1 - keep, "seconds": share})
+            network, stage = self._rung(name, source, facts)
             spent += stage.seconds
             self.stages.append(stage)
-            if network is None:
-                break
-            if stage.accepted:
+            if network is not None:
                 accepted.append(network)
                 continue
             keep, failed = GENTLER, failed + 1
-            if failed == 2:
+            if failed == 2 or stage.parameters == source.parameters:  # nothing was cut
                 break
         if len(accepted) > 1:
             rival = self._rival(accepted[-1], spent)
             accepted += [rival] if rival is not None else []
+        self._stop()
+
+    def _is_enough(self, seconds: float, number: int) -> bool:
+        """Whether a rung of so many seconds is worth beginning."""
+        least = LEAST_EPOCHS * self.epoch_seconds * DISTILLING
+        if seconds < least and number == 1:
+            enough = least / OF_TIME / OF_RUNG + 1
+            self.say.note(f"the time is too short to teach a narrower network: give --time {enough:.0f}s or more")
+        return seconds >= least
+
+    def _stop(self) -> None:
+        """Between two pieces of work: end here where a signal came."""
+        if self.signals.received is not None:
+            raise errors.Interrupted(self.signals.received, "")
 
     # One rung
 
-    def _rung(self, name: str, source: Network, facts: dict[str, Any]) -> tuple[Network | None, Stage]:
-        began, folder = time.monotonic(), self.folder / name
-        self._note_begin(name, facts)
-        if not (folder / "architecture.json").exists():
+    def _rung(self, name: str, source: Network, facts: Mapping[str, Any]) -> tuple[Network | None, Stage]:
+        before = self._decided(name)
+        if before is not None and not before.accepted:
+            return None, before
+        began = time.monotonic()
+        if not (self.folder / name / "architecture.json").exists():
             self.say.stage(f"shrink: cutting {facts['remove']:.0%} of the parameters of {source.name}")
-            fault = self._cut(folder, source, facts["remove"])
+            fault = self._cut(name, source, facts["remove"])
             if fault:
-                return None, Stage(
-                    name=name, accepted=False, why=fault, parameters=source.parameters, seconds=time.monotonic() - began
-                )
-        return self._trained_and_judged(name, facts["seconds"], began)
+                return None, self._noted(name, source.parameters, began, fault)
+        return self._taught(name, facts["seconds"], began)
 
-    def _cut(self, folder: Path, source: Network, remove: float) -> str:
+    def _cut(self, name: str, source: Network, remove: float) -> str:
         """Cut, and write the narrower network down; why that cannot be, "" where it was."""
-        rows = next(iter(self.feeds["train"].ordered())).inputs
+        folder, rows = self.folder / name, next(iter(self.feeds["train"].ordered())).inputs
         pruner = self.backend.pruner(source.session, self.job, source.architecture, _first(rows, 2))
         if not pruner.widths:
             reasons = "; ".join(f"{layer}: {why}" for layer, why in list(pruner.found.whole.items())[:3])
             return f"nothing of this network can be made narrower ({reasons})"
+        self._stop()
         scores = pruner.score(self.feeds["train"], SCORED_BATCHES)
-        seconds = self._layer_seconds(pruner.layers)
-        costs = Costs(parameters={name: layer.parameters for name, layer in pruner.layers.items()}, seconds=seconds)
+        self._stop()
+        timed = self.journal.follow("layers", name, lambda: {"seconds": self._layer_seconds(pruner.layers)})
+        parameters = {layer: one.parameters for layer, one in pruner.layers.items()}
+        costs = Costs(parameters=parameters, seconds=timed["seconds"])
         wish = Wish(parameters=remove, seconds=SLOWER * remove)
         choice = choose_units(pruner.widths, scores, costs, wish, step=self._step)
         if choice.parameters < remove / 2:
@@ -141,7 +158,7 @@ class Ladder:
         folder.mkdir(exist_ok=True)
         with storage.written_atomically(folder / "cut.safetensors") as file:
             write(file, pruner.weights(), {})
-        storage.write_json(folder / "architecture.json", pruner.architecture())
+        storage.write_json(folder / "architecture.json", pruner.architecture())  # last: now the cut is whole
         return ""
 
     def _layer_seconds(self, layers: Any) -> dict[str, float]:
@@ -156,54 +173,76 @@ class Ladder:
     def _rival(self, last: Network, seconds: float) -> Network | None:
         """A fresh network of the last rung's widths."""
         began, name = time.monotonic(), "fresh"
-        self._note_begin(name, {"from": last.name, "seconds": seconds})
+        facts = self.journal.follow("begun", name, lambda: {"from": last.name, "seconds": seconds})
+        before = self._decided(name)
+        if before is not None and not before.accepted:
+            self.stages.append(before)
+            return None
         (self.folder / name).mkdir(exist_ok=True)
         storage.write_json(self.folder / name / "architecture.json", last.architecture)
-        network, stage = self._trained_and_judged(name, self._begun(name)["seconds"], began)  # type: ignore[index]
+        network, stage = self._taught(name, facts["seconds"], began)
         self.stages.append(stage)
-        return network if stage.accepted else None
+        return network
 
-    def _trained_and_judged(self, name: str, seconds: float, began: float) -> tuple[Network, Stage]:
-        folder = self.folder / name
-        architecture = json.loads((folder / "architecture.json").read_text())
-        job = self.backend.narrower(self.job, self.feeds["train"].preprocessing.schema, architecture)
-        session = self._session(job)
-        before = self._decided(name)
-        if before is None:
+    def _taught(self, name: str, seconds: float, began: float) -> tuple[Network | None, Stage]:
+        """The network that was cut, once it has learnt, where its accuracy is kept, and what became of it."""
+        folder, before = self.folder / name, self.journal.found("decided", name)
+        architecture, best = json.loads((folder / "architecture.json").read_text()), folder / "best.safetensors"
+        known = before is not None and best.exists() and storage.checksum(best) == before["weights"]
+        session = self._session(architecture, learns=not known)
+        network = Network(name=name, session=session, parameters=session.parameters(), architecture=architecture)
+        if not known:
             if (folder / "cut.safetensors").exists():
                 session.load_weights(Arrays(folder / "cut.safetensors"))
             try:
-                self._train(name, session, seconds)
+                # What was decided had all the time it needed: its own decisions say where it ended, not the clock.
+                began -= self._train(name, session, seconds, ended=before is not None)
             except errors.Diverged as error:
-                return self._noted(name, session, began, architecture, False, str(error))
-        if before is None or before["accepted"]:  # one that diverged may have no weights
-            session.load_weights(Arrays(folder / "best.safetensors"))
-        if before is not None:
-            network = Network(name=name, session=session, parameters=session.parameters(), architecture=architecture)
-            return network, Stage(**before)
-        result = evaluate(session, self.judging, self.metric)
+                return None, self._noted(name, network.parameters, began, str(error))
+        session.load_weights(Arrays(best))
+        if before is not None and storage.checksum(best) == before["weights"]:
+            return network, Stage(**_of_stage(before))
+        result = evaluate(session, self.judging, self.metric, stop=self._stop)
         bound = bound_drop(self.metric, self._reference, result)
         why = loses(bound, self.allowed)
-        return self._noted(name, session, began, architecture, why is None, why or _kept(result, bound, self.metric))
+        stage = self._noted(name, network.parameters, began, why, _kept(result, bound, self.metric), storage.checksum(best))
+        return network if stage.accepted else None, stage
 
     def _noted(
-        self, name: str, session: Any, began: float, architecture: Mapping[str, Any], accepted: bool, why: str
-    ) -> tuple[Network, Stage]:
+        self, name: str, parameters: int, began: float, fault: str | None, kept: str = "", weights: str | None = None
+    ) -> Stage:
         """Write down what became of a network, and say so."""
-        network = Network(name=name, session=session, parameters=session.parameters(), architecture=architecture)
-        stage = Stage(name=name, accepted=accepted, why=why, parameters=network.parameters, seconds=time.monotonic() - began)
-        storage.append_line(self._journal, {"kind": "decided", **to_plain(stage)}, sync=True)
-        done = "kept" if accepted else "taken back"
-        self.say.note(f"{name}: {network.parameters:,} of {self.trained.parameters:,} parameters, {done}: {why}")
-        return network, stage
+        seconds = time.monotonic() - began
+        stage = Stage(name=name, accepted=fault is None, why=fault or kept, parameters=parameters, seconds=seconds)
+        facts = {key: value for key, value in to_plain(stage).items() if key != "name"}
+        self.journal.note("decided", name, **facts, weights=weights)
+        done = "kept" if stage.accepted else "taken back"
+        self.say.note(f"{name}: {parameters:,} of {self.trained.parameters:,} parameters, {done}: {stage.why}")
+        return stage
 
-    def _session(self, job: Job) -> Any:
+    def _decided(self, name: str) -> Stage | None:
+        """What became of a network before this process began."""
+        found = self.journal.found("decided", name)
+        return None if found is None else Stage(**_of_stage(found))
+
+    @property
+    def folder(self) -> Path:
+        return self.journal.path.parent
+
+    @cached_property
+    def _teacher(self) -> Any:
+        return self.backend.teacher(self.trained.session, self.feeds["train"], keep=not self.job.recipe.augment)
+
+    def _session(self, architecture: Mapping[str, Any], *, learns: bool) -> Any:
+        schema = self.feeds["train"].preprocessing.schema
+        job = self.backend.narrower(self.job, schema, architecture)
         plan = replace(self.plan, choices=tuple(choice for choice in self.plan.choices if choice.method in _PLAIN))
-        feed = self.feeds["train"]
-        rows, keep = int(max(feed.index)) + 1, not self.job.recipe.augment
-        return self.backend.student(job, plan, feed.preprocessing.schema, self.trained.session, rows=rows, keep=keep)
+        if not learns:
+            return self.backend.session(job, plan, schema)
+        return self.backend.student(job, plan, schema, self._teacher)
 
-    def _train(self, name: str, session: Any, seconds: float) -> None:
+    def _train(self, name: str, session: Any, seconds: float, *, ended: bool) -> float:
+        """Teach a network, or go on; the seconds that processes before this one taught it. One that has `ended` before does so where it did then."""
         folder = self.folder / name
         epochs = max(1, int(seconds / (self.epoch_seconds * DISTILLING)))
         recipe = replace(self.job.recipe, epochs=epochs, patience=max(self.job.recipe.patience, epochs // 4))
@@ -217,45 +256,24 @@ class Ladder:
             recipe=recipe,
             metric=self.metric,
             folder=folder,
-            limits=Limits(seconds=seconds),
+            limits=Limits(seconds=None if ended else seconds),
             progress=self.say,
         )
         if any(folder.glob("checkpoints/step-*")):
             trainer.resume()
+        before = trainer.position.training_seconds + trainer.position.evaluating_seconds
+        self._stop()
         trainer.train()
+        return before
 
-    # The journal
 
-    def _open_journal(self) -> None:
-        """Go on with the journal of these very settings, or begin anew."""
-        settings: dict[str, Any] = {"kind": "settings", "name": "", "allowed": self.allowed, "seconds": self.seconds}
-        settings |= {"weights": self.weights_sha256, "delest": __version__}
-        if storage.read_lines(self._journal)[:1] != [settings]:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir()
-            storage.append_line(self._journal, settings, sync=True)
-
-    @property
-    def _journal(self) -> Path:
-        return self.folder / "decisions.jsonl"
-
-    def _lines(self, kind: str, name: str) -> list[dict[str, Any]]:
-        return [line for line in storage.read_lines(self._journal) if line["kind"] == kind and line["name"] == name]
-
-    def _begun(self, name: str) -> dict[str, Any] | None:
-        return next(iter(self._lines("begun", name)), None)
-
-    def _decided(self, name: str) -> dict[str, Any] | None:
-        found = next(iter(self._lines("decided", name)), None)
-        return None if found is None else {key: value for key, value in found.items() if key != "kind"}
-
-    def _note_begin(self, name: str, facts: Mapping[str, Any]) -> None:
-        if self._begun(name) is None:
-            storage.append_line(self._journal, {"kind": "begun", "name": name, **facts}, sync=True)
+def _of_stage(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key not in ("kind", "weights")}
 
 
 def _kept(result: Evaluation, bound: Bound | None, metric: Metric) -> str:
-    assert bound is not None
+    if bound is None:
+        return ""
     return f"{metric.name} {result.score:.4g}, {bound.drop:.4g} worse on average and at most {bound.upper:.4g} with 95 % confidence"
 
 

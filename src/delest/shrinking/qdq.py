@@ -90,16 +90,6 @@ def save(model: ModelProto, out: Path) -> None:
     storage.write_atomic(out, model.SerializeToString())
 
 
-def quantised_layers(model: ModelProto) -> list[str]:
-    """Layers between whose input and weight and the product stands nothing but a DequantizeLinear."""
-    sources = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    return [
-        layer_name(sources[node.input[1]])
-        for node in model.graph.node
-        if node.op_type in COMPUTE and node.input[0] in sources and node.input[1] in sources
-    ]
-
-
 def node_layer(node: NodeProto, weight: str | None) -> str:
     """Name of the layer that a node computes: that of its weight in training, or operator and node where it has none."""
     return layer_name(weight) if weight else f"{node.op_type} {node.name}".rstrip()

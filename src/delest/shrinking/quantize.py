@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,13 +12,11 @@ import onnx
 from onnxruntime import quantization
 
 from delest.shrinking import qdq
-from delest.shrinking.calibration import Activations, measure_ranges, min_max
+from delest.shrinking.calibration import measure_ranges
 from delest.shrinking.kernels import list_kernels
 from delest.shrinking.sensitivity import rank_layers
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from delest.shrinking.calibration import Batches, Ranges
 
 
@@ -32,24 +30,6 @@ class Static(NamedTuple):
     left_float: list[str]  # layers left in float since they lose most, the worst first
 
 
-def quantize(network: Path, calibration: Iterable[Mapping[str, NDArray]], out: Path, *, reduce_range: bool) -> list[str]:
-    """Write the int8 form of a bare network; returns the layers that are now int8, none where there is nothing to quantise.
-
-    `calibration` are batches by ONNX input name: the range of each activation is the least and the largest value seen.
-    Activations become uint8, weights int8, symmetric and by channel. `reduce_range` leaves weights one bit less: without the VNNI instructions
-    the sum of two products of 8 bits overflows 16 (see "When and why do I need to try U8U8" and "reduce_range" in ONNX Runtime's
-    page "Quantize ONNX Models"). Embeddings, and everything that is no convolution or matrix product, stay in fp32.
-
-    Raises `BadInput` where there is no calibration row.
-    """
-    model = qdq.prepare(network, out.parent)
-    tensors = qdq.activations(model)
-    ranges = min_max(Activations(model, tensors), calibration) if tensors else {}
-    quantised = qdq.insert(model, ranges, reduce_range=reduce_range)
-    qdq.save(quantised, out)
-    return qdq.quantised_layers(quantised)
-
-
 def best_static(
     network: Path,
     batches: Callable[[], Batches],
@@ -59,7 +39,11 @@ def best_static(
     judge: Callable[[Path], float],
     allowed: float = math.inf,
 ) -> Static:
-    """Write the int8 form of a bare network that `judge` likes best, as `quantize` does but for the ranges of activations.
+    """Write the int8 form of a bare network that `judge` likes best.
+
+    Activations become uint8, weights int8, symmetric and by channel. `reduce_range` leaves weights one bit less: without the VNNI instructions
+    the sum of two products of 8 bits overflows 16 (see "When and why do I need to try U8U8" and "reduce_range" in ONNX Runtime's
+    page "Quantize ONNX Models"). Embeddings, and everything that is no convolution or matrix product, stay in fp32.
 
     `batches()` gives calibration batches by ONNX input name, the same ones each time: it is called three times at most. `judge` scores a bare
     network, higher is better; it is asked about three choices of ranges (see `calibration`), and where the best of them scores more

@@ -34,7 +34,7 @@ def quantize_weights(network: Path, out: Path, *, least_bytes: int = 4096) -> li
 
     Rows of an embedding become float after they are looked up. All other weights become float by a cast and a product, which
     ONNX Runtime computes once, when it loads the file ("Constant Folding" in its page "Graph Optimizations"); a DequantizeLinear
-    of a weight it would compute at every call. Weights that are int8 already stay: after `quantize`, this stores the embeddings
+    of a weight it would compute at every call. Weights that are int8 already stay: after `best_static`, this stores the embeddings
     that it leaves in fp32.
     """
     model = onnx.load(network)

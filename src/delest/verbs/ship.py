@@ -17,6 +17,7 @@ from delest.verbs.workplace import backend
 
 if TYPE_CHECKING:
     from delest.shrinking.acceptance import Wish
+    from delest.shrinking.journal import Journal
     from delest.training.progress import Progress
 
 EPOCHS = 10  # for narrower networks of one that was trained elsewhere, where no time is given
@@ -53,7 +54,7 @@ def shrink(
     say = say or for_terminal()
     wish = Wish(
         latency_seconds=None if latency is None else units.read_seconds(latency),
-        size_bytes=None if size is None else units.read_size(size, 1 << 40),
+        size_bytes=None if size is None else units.read_size(size),
     )
     trained = _trained(run, data, weights, out, threads, say)
     folder, epoch = trained.run.path, _epoch_seconds(trained)
@@ -149,6 +150,7 @@ def shrink_trained(
             say=say.note,
             ladder=_ladder(trained, seconds, used, say) if seconds and len(place.splits["validation"]) else None,
             wish=wish or Wish(),
+            processor=here.processor,
         )
     finally:
         if (run.path / "shrunk" / "shrink.json").exists():
@@ -169,9 +171,9 @@ def _ladder(trained: Trained, seconds: float, threads: int, say: Progress) -> An
     assert plan is not None
     epoch = _epoch_seconds(trained)
 
-    def ladder(network: Any, judging: Any, allowed: float) -> Ladder:
+    def ladder(journal: Journal, network: Any, judging: Any, allowed: float) -> Ladder:
         return Ladder(
-            folder=run.path / "shrinking",
+            journal=journal,
             trained=network,
             backend=backend(place.job),
             job=place.job,
@@ -219,7 +221,8 @@ def predict(bundle: str | Path, inputs: Sequence[str | Path]) -> list[dict[str, 
 
 
 def load(path: str | Path, factory: Callable[..., Any] | None = None) -> Any:
-    """The trained network of a run or a bundle as a module in evaluation mode, narrower where it was made so; nothing is unpickled.
+    """The trained network of a run or a bundle as a module in evaluation mode, narrower where it was made so; nothing is unpickled. Of a run that was
+    not shrunk, or that cannot be exported, it is the network with its best weights.
 
     `factory` builds the network as it was before (None: the factory of the run's job). Raises `BadInput` where there are no weights, no
     factory is known, or it builds another network.
@@ -233,12 +236,14 @@ def load(path: str | Path, factory: Callable[..., Any] | None = None) -> Any:
     places = [given, given / "shrunk", given / "bundle"]
     if (given / "bundle.json").exists():  # a form of the trained network, whose weights are those of the run's bundle
         places += [parent / "bundle" for parent in given.resolve().parents[:2]]
-    folder = next((one for one in places if (one / "weights.safetensors").exists()), None)
-    if folder is None:
-        raise errors.BadInput(
-            f"{given} holds no weights.safetensors: give a run that was shrunk, or its bundle/ or shrunk/ folder."
-        )
-    schema = from_json(Preprocessing, read_object(folder / "bundle.json")["preprocessing"]).schema
+    folder = next((one for one in places if (one / "weights.safetensors").exists()), given)
+    if (folder / "weights.safetensors").exists():
+        weights, preprocessing = folder / "weights.safetensors", read_object(folder / "bundle.json")["preprocessing"]
+    elif (folder / "best.safetensors").exists() and (folder / "preprocessing.json").exists():
+        weights, preprocessing = folder / "best.safetensors", read_object(folder / "preprocessing.json")
+    else:
+        raise errors.BadInput(f"{given} holds no weights: give a run that was trained, or its bundle/ or shrunk/ folder.")
+    schema = from_json(Preprocessing, preprocessing).schema
     if factory is not None:
         job = jobs.Job(model=factory, data="")
     else:
@@ -254,9 +259,7 @@ def load(path: str | Path, factory: Callable[..., Any] | None = None) -> Any:
         model = rebuild(model, changed)
     import torch
 
-    model.load_state_dict(
-        {name: torch.from_numpy(array.copy()) for name, array in read_weights(folder / "weights.safetensors").items()}
-    )
+    model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in read_weights(weights).items()})
     return model.eval()
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from delest.backends.torch import optimizers
+from delest.backends.torch import optimizers, randomness
 from delest.backends.torch.lean import bare_step
 from delest.backends.torch.session import TorchSession
 from delest.job import Recipe
@@ -15,7 +15,7 @@ from delest.job import Recipe
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from delest.backends.torch.distillation import StudentSession
+    from delest.backends.torch.distillation import StudentSession, Teacher
     from delest.backends.torch.pruning.pruner import Pruner
     from delest.job import Job
     from delest.records.plan import Plan
@@ -43,9 +43,10 @@ class TorchBackend:
         export_network(session.exportable(), inputs, path)
 
     def pruner(self, session: TorchSession, job: Job, architecture: Mapping[str, Any] | None, inputs: Any) -> Pruner:
-        """What makes a session's network narrower; see `pruning.pruner`."""
+        """What makes a session's network narrower; see `pruning.pruner`. A loss that draws random numbers draws the same ones each time."""
         from delest.backends.torch.pruning.pruner import Pruner
 
+        randomness.seed_all(job.seed)
         return Pruner(session, job, architecture, inputs)
 
     def narrower(self, job: Job, schema: Schema, architecture: Mapping[str, Any]) -> Job:
@@ -54,8 +55,16 @@ class TorchBackend:
 
         return narrower_job(job, schema, architecture)
 
-    def student(self, job: Job, plan: Plan, schema: Schema, teacher: TorchSession, *, rows: int, keep: bool) -> StudentSession:
-        """A session that learns from targets and from a trained session; `rows` and `keep` as `distillation.Teacher` has them."""
-        from delest.backends.torch.distillation import StudentSession, Teacher
+    def teacher(self, session: TorchSession, feed: Any, *, keep: bool) -> Teacher:
+        """A trained session as it teaches the rows of a feed; `keep` as `distillation.Teacher` has it."""
+        from delest.backends.torch.distillation import Teacher
 
-        return StudentSession(job, plan, schema, Teacher(teacher, rows=rows, keep=keep))
+        teacher = Teacher(session, rows=int(max(feed.index)) + 1, keep=keep)
+        teacher.answer_all(feed)
+        return teacher
+
+    def student(self, job: Job, plan: Plan, schema: Schema, teacher: Teacher) -> StudentSession:
+        """A session that learns from targets and from a teacher."""
+        from delest.backends.torch.distillation import StudentSession
+
+        return StudentSession(job, plan, schema, teacher)

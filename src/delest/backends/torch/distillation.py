@@ -34,6 +34,14 @@ class Teacher:
         self._answers: Tensor | None = None
         self._known = torch.zeros(rows, dtype=torch.bool)
 
+    def answer_all(self, feed: Any) -> None:
+        """Answer the rows of a feed now, where they are kept: always in batches of the same rows, since rounding may depend on them, and a run that
+        goes on must learn from the same bits."""
+        for batch in feed.ordered() if self._keep else ():
+            self.answer(self.session.tensors(batch))
+            if self._answers is None:  # nothing that could be kept
+                break
+
     def answer(self, batch: Batch) -> Tensor | None:
         """Outputs for a batch of tensors, without gradient; None where they are no single tensor."""
         index = torch.as_tensor(batch.index)

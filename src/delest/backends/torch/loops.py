@@ -189,13 +189,15 @@ def needs_values(error: BaseException) -> bool:
     text = str(error)
     if error.__cause__ is not None and needs_values(error.__cause__):
         return True
-    # The last one: grouped matrix products (routed experts) take other formats than bf16 on real tensors only.
+    # The last two: lazy layers, which a factory may have given their shape, exist as real tensors only; grouped matrix products (routed experts)
+    # take other formats than bf16 there.
     telling = (
         "fake tensor",
         "FakeTensor",
         "meta tensor",
         "data pointer",
         "GuardOnDataDependent",
+        "uninitialized parameter",
         "Expected inputs of BF16 type",
     )
     return any(words in text for words in telling)

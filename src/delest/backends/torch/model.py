@@ -15,7 +15,7 @@ from delest.records.source import Schema
 
 
 def build(job: Job, schema: Schema) -> nn.Module:
-    """The model of a job; weights that its factory loads are kept. Raises `BadInput` where the factory raises."""
+    """The model of a job; weights that its factory loads are kept. Raises `BadInput` where the factory raises, and for layers without a shape."""
     if job.model is None:
         return starters.choose(schema)
     try:
@@ -26,7 +26,18 @@ def build(job: Job, schema: Schema) -> nn.Module:
         raise errors.BadInput(f"building the model failed: {where(error)}") from error
     if not isinstance(model, nn.Module):
         raise errors.BadInput(f"the model factory gave a {type(model).__name__}, not a torch.nn.Module.")
+    lazy = [f"{name} ({type(part).__name__})" for name, part in model.named_modules() if _is_shapeless(part)]
+    if lazy:
+        raise errors.BadInput(
+            f"these layers have no shape before a first batch: {', '.join(lazy)}. Give them their sizes, or let the factory call the model "
+            "once on two rows as it receives them, as in model(torch.zeros(2, 1, 28, 28)), before it returns it."
+        )
     return model
+
+
+def _is_shapeless(module: nn.Module) -> bool:
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(nn.parameter.is_lazy(tensor) for tensor in own)
 
 
 def where(error: BaseException) -> str:
