@@ -64,13 +64,13 @@ def test_text_on_a_file(tmp_path):
     random = np.random.default_rng(0)
     lines = (
         f"{random.choice(['cats', 'dogs'])} {random.choice(['eat', 'see'])} {random.choice(['fish', 'birds'])}\n"
-        for _ in range(2000)
+        for _ in range(800)
     )
     (tmp_path / "lines.txt").write_text("".join(lines))
-    options = ("--data", str(tmp_path / "lines.txt"), "--context", "32", "--epochs", "2", "--max-drop", "20%")
+    options = ("--data", str(tmp_path / "lines.txt"), "--context", "32", "--epochs", "8", "--max-drop", "20%")
     answer = run(tmp_path, str(EXAMPLES / "text.py"), *options)
     assert answer["metric"] == "loss"
-    assert answer["test"]["loss"] < 0.5 * answer["data"]["baseline"]["loss"]
+    assert answer["test"]["loss"] < 0.7 * answer["data"]["baseline"]["loss"]
     assert json.loads((tmp_path / answer["path"] / "bundle" / "labels.json").read_text())["labels"][:2] == ["\ufffd", "\n"]
 
 
