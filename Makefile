@@ -60,6 +60,7 @@ bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmark
 	$(BENCH)/bin/python benchmarks/peers.py
 	$(BENCH)/bin/python benchmarks/structure.py
 	$(BENCH)/bin/python benchmarks/prune_resnet50.py
+	$(BENCH)/bin/python benchmarks/distillation.py
 	$(BENCH)/bin/python benchmarks/hooks.py
 	$(if $(CIFAR10),$(BENCH)/bin/python benchmarks/shrink.py --cifar10 $(CIFAR10))
 	$(if $(PUBLISHED),$(BENCH)/bin/python benchmarks/published.py --data $(PUBLISHED))

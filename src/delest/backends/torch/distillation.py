@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from delest.records.source import Schema
 
 HARD = 0.1  # share of the job's own loss for classes; the rest is the teacher's
 HARD_NUMBERS = 0.5
+OBJECTIVE = "standardised"
 TEMPERATURES = {"standardised": 2.0, "plain": 4.0, "decoupled": 4.0}  # those of the papers
 BETA = 8.0  # weight of the other classes in decoupled distillation, as in the paper
 CACHE_BYTES = 512 << 20
@@ -35,10 +37,13 @@ class Teacher:
         self._known = torch.zeros(rows, dtype=torch.bool)
 
     def answer_all(self, feed: Any) -> None:
-        """Answer the rows of a feed now, where they are kept: always in batches of the same rows, since rounding may depend on them, and a run that
-        goes on must learn from the same bits."""
+        """Answer the rows of a feed now, where they are asked for and kept: always in batches of the same rows, since rounding may depend on them, and a
+        run that goes on must learn from the same bits."""
         for batch in feed.ordered() if self._keep else ():
-            self.answer(self.session.tensors(batch))
+            given = self.session.tensors(batch)
+            if mixable(given.inputs, self.session):  # the teacher is asked about mixtures
+                break
+            self.answer(given)
             if self._answers is None:  # nothing that could be kept
                 break
 
@@ -47,27 +52,74 @@ class Teacher:
         index = torch.as_tensor(batch.index)
         if self._answers is not None and bool(self._known[index].all()):
             return self._answers[index]
-        with self.session._evaluating():
-            outputs = self.session.forward(batch.inputs)
-        if not isinstance(outputs, Tensor):
-            return None
-        outputs = outputs.float().clone()
-        if self._keep and self._rows * outputs[0].numel() * 4 <= CACHE_BYTES:
+        outputs = self.answer_anew(batch.inputs)
+        if outputs is not None and self._keep and self._rows * outputs[0].numel() * 4 <= CACHE_BYTES:
             if self._answers is None:
                 self._answers = torch.empty(self._rows, *outputs.shape[1:])
             self._answers[index], self._known[index] = outputs, True
         return outputs
 
+    def answer_anew(self, inputs: Any) -> Tensor | None:
+        """Outputs for inputs that are no rows of the data; nothing is kept."""
+        with self.session._evaluating():
+            outputs = self.session.forward(inputs)
+        return outputs.float().clone() if isinstance(outputs, Tensor) else None
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Each row of a batch mixed with another one of it."""
+
+    inputs: Tensor  # [B, ...]
+    shares: Tensor  # [B], of the row itself; the rest is the other's
+    others: Tensor  # int64 [B]
+
+    @classmethod
+    def draw(cls, inputs: Tensor) -> Mixture:
+        """Shares are uniform (Zhang et al., "mixup", ICLR 2018, with alpha 1)."""
+        shares, others = torch.rand(len(inputs)), torch.randperm(len(inputs))
+        shares, others = shares.to(inputs.device), others.to(inputs.device)
+        wide = shares.view(-1, *[1] * (inputs.ndim - 1)).to(inputs.dtype)
+        return cls(wide * inputs + (1 - wide) * inputs[others], shares, others)
+
+    def loss(self, rows: Callable[[Any, Any], Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
+        """The mean over rows of the loss for both targets, each by its share."""
+        return (self.shares * rows(outputs, targets) + (1 - self.shares) * rows(outputs, targets[self.others])).mean()
+
+    def targets(self, targets: Tensor) -> Tensor:
+        """Those of the larger share."""
+        return torch.where((self.shares >= 0.5).view(-1, *[1] * (targets.ndim - 1)), targets, targets[self.others])
+
+
+def learns_classes(session: TorchSession) -> bool:
+    return session.job.step is None and session.loss.name in ("cross_entropy", "bce")
+
+
+def mixable(inputs: Any, session: TorchSession) -> TypeGuard[Tensor]:
+    """Whether rows of a batch can be mixed: inputs are one tensor of floats, targets classes."""
+    return learns_classes(session) and isinstance(inputs, Tensor) and inputs.is_floating_point()
+
 
 class StudentSession(TorchSession):
     """A session that learns from targets and from a teacher."""
 
-    def __init__(self, job: Job, plan: Plan, schema: Schema, teacher: Teacher, objective: str = "standardised"):
-        """`objective`, for classes: "standardised" (z-scored logits), "plain" or "decoupled"."""
+    def __init__(
+        self, job: Job, plan: Plan, schema: Schema, teacher: Teacher, objective: str = OBJECTIVE, *, mixing: bool = True
+    ):
+        """`objective`, for classes: "standardised" (z-scored logits), "plain" or "decoupled".
+
+        With `mixing` the teacher is asked about mixtures of rows in their place, where inputs are one tensor of floats and targets classes: of them there
+        are as many as one likes, and it has learnt none by heart. Dropout is off: a teacher's answers are not overfitted.
+        """
         super().__init__(job, plan, schema)
-        self.teacher, self.objective = teacher, objective
+        self.teacher, self.objective, self.mixing = teacher, objective, mixing
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
 
     def batch_loss(self, batch: Batch) -> Tensor:
+        if self.mixing and mixable(batch.inputs, self):
+            return self._mixed_loss(batch.inputs, torch.as_tensor(batch.targets))
         answer = self.teacher.answer(batch)
         with self._precision():
             if self.job.step is None:
@@ -83,9 +135,19 @@ class StudentSession(TorchSession):
             return own
         if self.schema.is_text:
             return HARD * own + (1 - HARD) * of_tokens(outputs.float(), answer)
-        if self.job.step is None and self.loss.name in ("cross_entropy", "bce"):
+        if learns_classes(self):
             return HARD * own + (1 - HARD) * of_classes(outputs.float(), answer, torch.as_tensor(batch.targets), self.objective)
         return HARD_NUMBERS * own + (1 - HARD_NUMBERS) * of_numbers(outputs.float(), answer) * own.detach()
+
+    def _mixed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        mixture = Mixture.draw(inputs)
+        answer = self.teacher.answer_anew(mixture.inputs)
+        with self._precision():
+            outputs = models.call(self.model, mixture.inputs)
+            own = mixture.loss(self.loss.rows, outputs, targets)
+        if answer is None or outputs.shape != answer.shape:
+            return own
+        return HARD * own + (1 - HARD) * of_classes(outputs.float(), answer, mixture.targets(targets), self.objective)
 
 
 @contextlib.contextmanager
