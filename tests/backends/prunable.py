@@ -77,13 +77,15 @@ class Transformer(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self, kind: type[nn.RNNBase] = nn.LSTM, layers: int = 2, both: bool = False) -> None:
+    def __init__(self, kind: type[nn.RNNBase] = nn.LSTM, layers: int = 2, both: bool = False, last: bool = False) -> None:
         super().__init__()
+        self.last = last
         self.recurrent = kind(6, 12, layers, batch_first=True, bidirectional=both)
         self.head = nn.Linear(24 if both else 12, 5)
 
     def forward(self, x: Tensor) -> Tensor:  # [B, T, 6] -> [B, 5]
-        return self.head(self.recurrent(x)[0][:, -1])
+        outputs, states = self.recurrent(x)
+        return self.head(states[-1] if self.last else outputs[:, -1])
 
 
 class Fixed(nn.Module):

@@ -22,6 +22,7 @@ KINDS = {
     "shared keys": (partial(prunable.Transformer, shared=2), TOKENS, {"attention", "inner"}),
     "lstm": (prunable.Recurrent, SIGNALS, {"recurrent"}),
     "gru of both directions": (partial(prunable.Recurrent, nn.GRU, both=True), SIGNALS, {"recurrent"}),
+    "gru by its last state": (partial(prunable.Recurrent, nn.GRU, last=True), SIGNALS, {"recurrent"}),
     "tables beside numbers": (prunable.Tables, SIGNALS, {"tables.0", "tables.1", "inner"}),
     "normed and gated": (prunable.Gated, SIGNALS, {"filter", "mix"}),
     "experts in einsum": (prunable.Experts, TOKENS, {"embedding", "inner"}),

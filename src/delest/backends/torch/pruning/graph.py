@@ -1,7 +1,7 @@
 """torch-pruning's dependency graph of a network, with what it does not see: products with raw parameters, and inputs that are concatenated.
 
 The graph is read from the autograd nodes of a forward pass. While it runs, what is missing is put in: a product is made one node, whose only input are the
-activations that it sums over, and raw inputs beside computed channels get a node that says how many they are.
+activations that it sums over, as is a recurrent layer, and raw inputs beside computed channels get a node that says how many they are.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from delest.backends.torch.pruning.layers import Fixed, Product, special_pruners
 from delest.backends.torch.pruning.observed import tensors
 
 _CONCATENATIONS = (torch.cat, torch.concat, torch.concatenate)
+_RECURRENT = ("gru", "lstm", "rnn_relu", "rnn_tanh")
 _MATRIX_PRODUCTS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__)
 
 
@@ -95,6 +96,8 @@ class _Watch(TorchFunctionMode):
         if func in _CONCATENATIONS:
             return self._concatenated(func, *args, **(kwargs or {}))
         made = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in _RECURRENT and made[0].requires_grad:
+            return self._recurrent(made, args[0])
         use = None if kwargs else self._use(func, args)
         if use is None or not made.requires_grad or not use.activations.requires_grad:
             return made
@@ -108,6 +111,11 @@ class _Watch(TorchFunctionMode):
         node = _Node.apply(value.detach(), *taken)
         self.found[node.grad_fn] = item
         return node
+
+    def _recurrent(self, made: Sequence[Tensor], given: Tensor) -> tuple[Tensor, ...]:
+        """The outputs of a recurrent layer without its nodes for each step in time, of which there are thousands; its last states hang on them."""
+        outputs = _Node.apply(made[0].detach(), given if given.requires_grad else given.detach().requires_grad_())
+        return outputs, *(_Node.apply(state.detach(), outputs) for state in made[1:])
 
     def _concatenated(self, func: Any, parts: Any, dim: int = 0, **more: Any) -> Tensor:
         dim = more.pop("axis", dim)
