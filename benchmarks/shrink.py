@@ -1,6 +1,6 @@
 """Smaller and faster at equal accuracy, against others that begin with the same trained network.
 
-    python benchmarks/shrink.py --cifar10 FOLDER [--only TASK]
+    python benchmarks/shrink.py --cifar10 FOLDER --text FILE [--only TASK]
 
 A row is a task: a start that more training does not improve; what `delest shrink` makes of it; torch-pruning with recovery for as long; NNCF's post-training
 quantisation; and three seeds of delest's narrower network trained from random weights for the whole time, start and shrinking together. The float networks

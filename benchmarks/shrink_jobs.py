@@ -67,6 +67,8 @@ def write_flights(folder: Path, given: str | None) -> str:
 TASKS = {
     "digits": Task(max_drop=0.01, seconds=90),
     "flights": Task(max_drop=0.003, seconds=120, prepare=write_flights),
+    "detect": Task(max_drop=0.01, seconds=240),
+    "text": Task(max_drop=0.01, seconds=240, source="text"),
     "cifar10": Task(max_drop=0.01, seconds=240, prepare=write_photos, source="cifar10"),
 }
 
@@ -83,4 +85,6 @@ flights = delest.Job(
     recipe=delest.Recipe(epochs=6),
     name="flights",
 )
-cifar10 = replace(load(EXAMPLES / "cifar10.py"), recipe=delest.Recipe(epochs=30, augment=("flip", "crop")), name="cifar10")
+detect = replace(load(EXAMPLES / "detect.py"), name="detect")
+text = replace(load(EXAMPLES / "text.py"), name="text")
+cifar10 = replace(load(EXAMPLES / "cifar10.py"), recipe=delest.Recipe(epochs=16), name="cifar10")
