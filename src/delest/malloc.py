@@ -22,8 +22,7 @@ LIBRARIES = {
 }
 NAMES = ("glibc", "mmap", *LIBRARIES)
 THRESHOLD_BYTES = 64 << 10
-LARGEST_THRESHOLD_BYTES = 32 << 20  # up to which glibc's own threshold moves on machines of 64 bits
-KEPT_BYTES = 2 * LARGEST_THRESHOLD_BYTES  # at the end of the heap, which glibc then keeps by itself
+_LARGEST_THRESHOLD_BYTES = 32 << 20  # up to which glibc's own threshold moves on machines of 64 bits
 _THRESHOLD_VARIABLE, _TUNABLE = "MALLOC_MMAP_THRESHOLD_", "glibc.malloc.mmap_threshold"
 _FOLDERS = ("/usr/lib", "/usr/lib64", "/lib", "/usr/local/lib", f"/usr/lib/{platform.machine()}-linux-gnu")
 _TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES, _MMAP_THRESHOLD = -1, 128 << 10, -3  # of mallopt(3), and its default
@@ -93,24 +92,14 @@ def fix_threshold() -> bool:
 
 
 def move_threshold() -> bool:
-    """Have the threshold where glibc itself moves it to in a process that allocates large blocks, and what is freed below it kept.
+    """Have the threshold where glibc itself moves it to in a process that allocates large blocks: what is freed is kept.
 
     For the two to be timed beside each other in one process, which glibc's own moving of it does not survive.
     """
     global _fixed
-    moved = current() not in LIBRARIES and _mallopt(LARGEST_THRESHOLD_BYTES, -1)
+    moved = current() not in LIBRARIES and _mallopt(_LARGEST_THRESHOLD_BYTES, 2 * _LARGEST_THRESHOLD_BYTES)
     _fixed = _fixed and not moved
     return moved
-
-
-def keep_freed(most_bytes: int | None = None) -> bool:
-    """Have so many bytes that are free at the end of the heap stay, for as long as the process lives (None: all); False where the malloc
-    is another or its threshold is fixed.
-
-    glibc gives them back once twice its largest block is free there. A training step frees nearly all that it took, so that the kernel
-    would clear the same pages anew for each.
-    """
-    return current() == "glibc" and _mallopt(LARGEST_THRESHOLD_BYTES, -1 if most_bytes is None else most_bytes)
 
 
 def give_back() -> None:

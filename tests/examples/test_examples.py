@@ -67,10 +67,10 @@ def test_text_on_a_file(tmp_path):
         for _ in range(800)
     )
     (tmp_path / "lines.txt").write_text("".join(lines))
-    options = ("--data", str(tmp_path / "lines.txt"), "--context", "32", "--epochs", "8", "--max-drop", "20%")
+    options = ("--data", str(tmp_path / "lines.txt"), "--context", "32", "--epochs", "4", "--max-drop", "20%")
     answer = run(tmp_path, str(EXAMPLES / "text.py"), *options)
     assert answer["metric"] == "loss"
-    assert answer["test"]["loss"] < 0.7 * answer["data"]["baseline"]["loss"]
+    assert answer["test"]["loss"] < 0.9 * answer["data"]["baseline"]["loss"]
     assert json.loads((tmp_path / answer["path"] / "bundle" / "labels.json").read_text())["labels"][:2] == ["\ufffd", "\n"]
 
 

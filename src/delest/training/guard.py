@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delest import errors
-from delest.hardware.machine import give_back_unused
-from delest.malloc import LARGEST_THRESHOLD_BYTES
 from delest.training import limit
 from delest.training.growth import Growth, GrowthWatch
 from delest.training.limit import MARGIN_BYTES, too_small
@@ -67,7 +65,6 @@ class Guard:
         self._owner = ""
         self._thread: ThreadPoolExecutor | None = None
         self._spared, self._eased_at = 0, -PATIENCE
-        self._evaluating = False
 
     @contextlib.contextmanager
     def watching(self, budget_bytes: int | None) -> Iterator[None]:
@@ -104,9 +101,6 @@ class Guard:
         self.follow(decisions, position, evaluating=evaluating)
         if self._watch is None:
             return work()
-        if evaluating != self._evaluating:  # blocks of other sizes, which what is kept does not serve
-            self._evaluating = evaluating
-            give_back_unused()
         if not evaluating:
             self._ease(decisions, position)
         tried: set[int] = set()  # parts
@@ -122,9 +116,8 @@ class Guard:
                 return result
             if failure.harmful:
                 raise errors.OutOfMemory(failure.phase, failure.detail, failure.begun)
-            if not (again := self._was_kept(failure)):
-                again = self.session.parts not in tried and self._was_address_space(failure)
-                tried.add(self.session.parts)
+            again = self.session.parts not in tried and self._was_address_space(failure)
+            tried.add(self.session.parts)
             if not again:
                 self.split(decisions, position, failure)
             self._watch.begin_anew(widen=again)
@@ -152,7 +145,7 @@ class Guard:
         failure = _Failure("reading", str(error))
         if self._watch is None:
             raise error
-        if not self._was_kept(failure) and not self._was_address_space(failure):
+        if not self._was_address_space(failure):
             raise self._too_small(failure)
         self._watch.begin_anew(widen=True)
 
@@ -196,8 +189,6 @@ class Guard:
         """Split before a step where the last one came too close to the budget."""
         assert self._watch is not None
         near = self._watch.highest_bytes > self._watch.budget_bytes - NEAR_BYTES
-        if near and self._watch.let_go():
-            return
         if not near or position.step - self._eased_at < PATIENCE or self.session.parts >= self.session.most_parts:
             return
         self._eased_at = position.step
@@ -212,8 +203,6 @@ class Guard:
         why = f"{why}, of a budget of {format_bytes(self.budget_bytes or 0)}: {self._rows_words(parts)}"
         decisions.take("split", position.step, phase=phase, parts=parts, why=why, **facts)
         self.session.parts, position.parts, position.decisions = parts, parts, decisions.count
-        if self._watch is not None:
-            self._watch.keep()
         self.note(f"step {position.step:,}: {why}.")
 
     def _next_parts(self) -> int:
@@ -232,15 +221,6 @@ class Guard:
             return False
         self._spared += 1
         return True
-
-    def _was_kept(self, failure: _Failure) -> bool:
-        """Whether there would have been memory, had nothing been kept of the steps before, which is let go then. A block that
-        glibc takes from its heap is refused only where the end of that is in use."""
-        assert self._watch is not None
-        if 0 < failure.asked_bytes < LARGEST_THRESHOLD_BYTES:
-            return False
-        kept = self._watch.let_go()
-        return kept > 0 and self._watch.highest_bytes - kept + failure.asked_bytes <= self._watch.budget_bytes
 
     def _look_for_growth(self, decisions: Decisions, position: Position) -> None:
         assert self._growth is not None

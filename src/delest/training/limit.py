@@ -13,7 +13,7 @@ import resource
 import threading
 from collections.abc import Iterator
 
-from delest import errors, malloc
+from delest import errors
 from delest.hardware.machine import Gauge, data_and_resident_bytes, give_back_unused, share_one_heap
 from delest.units import format_bytes
 
@@ -65,7 +65,6 @@ class Limit:
         self._limit: int | None = None  # None: not set
         self._stacks_bytes = 0  # address space of threads that were started meanwhile
         self._off = False
-        self._keeps = False  # what is freed between steps
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -73,7 +72,6 @@ class Limit:
         before = resource.getrlimit(resource.RLIMIT_DATA)
         thread = threading.Thread(target=self._run, name="memory-guard", daemon=True)
         share_one_heap()
-        self.keep()
         self._gauge = Gauge()
         self._done.acquire()
         with self.lifted():
@@ -85,7 +83,6 @@ class Limit:
             self._done.release()
             thread.join()
             self._gauge.close()
-            malloc.keep_freed(malloc.KEPT_BYTES)
             self._set(None if before[0] == resource.RLIM_INFINITY else before[0] + self._stacks_bytes)
 
     def begin_anew(self, *, widen: bool = False) -> None:
@@ -95,21 +92,6 @@ class Limit:
         self._read(widen=widen)
         give_back_unused()
         self.highest_bytes, self._near_bytes, self._wait = 0, 0, LEAST_SECONDS
-
-    def keep(self) -> None:
-        """Have what is freed stay for the next step, unless the plan's malloc is one that gives it back."""
-        self._keeps = malloc.keep_freed()
-
-    def let_go(self) -> int:
-        """Keep nothing any more; the bytes that were kept. At the peak of a step that asks for the same again they do no harm, but beside
-        blocks of other sizes, or of more than 32 MiB, which glibc maps, they may."""
-        kept, self._keeps = self._keeps and malloc.keep_freed(0), False
-        if not kept:
-            return 0
-        before, highest = self.resident_bytes(), self.highest_bytes
-        self.begin_anew(widen=True)
-        self.highest_bytes = highest
-        return max(0, before - self._gauge.resident_bytes())
 
     def resident_bytes(self) -> int:
         """What is resident now, which counts for the highest."""
