@@ -28,6 +28,13 @@ PLENTY = 8192 * MIB
 ROWS, BATCH, WIDTH = 320, 64, 16384  # a layer of a batch is 4 MiB
 
 
+@pytest.fixture(autouse=True)
+def nothing_lies_free():
+    """What earlier tests of this process left free would serve a leak without any growth."""
+    gc.collect()
+    machine.give_back_unused()
+
+
 class Wide(nn.Module):
     """Few weights and many activations: one number becomes WIDTH, eight times over."""
 
