@@ -65,11 +65,11 @@ def write_flights(folder: Path, given: str | None) -> str:
 
 
 TASKS = {
-    "digits": Task(max_drop=0.01, seconds=90),
-    "flights": Task(max_drop=0.003, seconds=120, prepare=write_flights),
-    "detect": Task(max_drop=0.01, seconds=240),
-    "text": Task(max_drop=0.01, seconds=240, source="text"),
-    "cifar10": Task(max_drop=0.01, seconds=240, prepare=write_photos, source="cifar10"),
+    "digits": Task(max_drop=0.01, seconds=60),
+    "flights": Task(max_drop=0.003, seconds=60, prepare=write_flights),
+    "detect": Task(max_drop=0.01, seconds=90),
+    "text": Task(max_drop=0.01, seconds=150, source="text"),
+    "cifar10": Task(max_drop=0.01, seconds=150, prepare=write_photos, source="cifar10"),
 }
 
 digits = replace(
