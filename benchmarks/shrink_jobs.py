@@ -73,7 +73,10 @@ TASKS = {
 }
 
 digits = replace(
-    load(EXAMPLES / "digits.py"), split=delest.Split(train=0.62, validation=0.08, selection=0.2, test=0.1), name="digits"
+    load(EXAMPLES / "digits.py"),
+    split=delest.Split(train=0.62, validation=0.08, selection=0.2, test=0.1),
+    recipe=delest.Recipe(epochs=30, patience=30),  # half as much training again gains a point after the ten of its own patience
+    name="digits",
 )
 flights = delest.Job(
     model=wide_table,
