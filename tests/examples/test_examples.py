@@ -60,6 +60,7 @@ def test_table(tmp_path):
     assert answer["test"]["auc"] > 0.85
 
 
+@pytest.mark.slow  # tests/verbs/test_text_jobs.py goes the same way
 def test_text_on_a_file(tmp_path):
     random = np.random.default_rng(0)
     lines = (
