@@ -20,7 +20,7 @@ from delest.records.plan import Plan
 from delest.records.source import Schema
 
 HARD = 0.1  # share of the job's own loss for classes; the rest is the teacher's
-HARD_NUMBERS = 0.5
+HARD_NUMBERS, HARD_GRIDS = 0.5, 0.8  # of a grid's channels the job's own step knows better which of them matter (docs/log.md)
 OBJECTIVE = "standardised"
 TEMPERATURES = {"standardised": 2.0, "plain": 4.0, "decoupled": 4.0}  # those of the papers
 BETA = 8.0  # weight of the other classes in decoupled distillation, as in the paper
@@ -137,7 +137,8 @@ class StudentSession(TorchSession):
             return HARD * own + (1 - HARD) * of_tokens(outputs.float(), answer)
         if learns_classes(self):
             return HARD * own + (1 - HARD) * of_classes(outputs.float(), answer, torch.as_tensor(batch.targets), self.objective)
-        return HARD_NUMBERS * own + (1 - HARD_NUMBERS) * of_numbers(outputs.float(), answer) * own.detach()
+        hard = HARD_NUMBERS if outputs.ndim < 3 else HARD_GRIDS
+        return hard * own + (1 - hard) * of_numbers(outputs.float(), answer) * own.detach()
 
     def _mixed_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         mixture = Mixture.draw(inputs)
