@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from delest.backends.torch.pruning.layers import is_transposed_linear, keep
-from delest.backends.torch.pruning.observed import tensors
+from delest.backends.torch.pruning.observed import tensors, watch
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
 _SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
@@ -85,13 +84,7 @@ def find_sharing(model: nn.Module, run: Callable[[nn.Module], Any], attentions: 
 
         return hook
 
-    hooks = [model.get_submodule(one.name).register_forward_hook(note(one), with_kwargs=True) for one in attentions]
-    try:
-        with torch.no_grad():
-            run(model)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    watch(model, run, {one.name: note(one) for one in attentions})
     return list({id(together): together for together in sharing.values()}.values())
 
 
@@ -200,16 +193,8 @@ def _calls(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[str]:
     def note(name: str) -> Callable[..., None]:
         return lambda *_: None if name in order else order.append(name)
 
-    linear = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_transposed_linear(module)
-    }
-    hooks = [module.register_forward_hook(note(name)) for name, module in linear.items()]
-    try:
-        with torch.no_grad():
-            run(model)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_transposed_linear(module)]
+    watch(model, run, {name: note(name) for name in layers})
     return order
 
 

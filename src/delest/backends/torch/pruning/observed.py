@@ -23,6 +23,17 @@ def tensors(value: Any) -> list[Tensor]:
     return []
 
 
+def watch(model: nn.Module, run: Callable[[nn.Module], Any], hooks: Mapping[str, Callable[..., None]]) -> None:
+    """A forward pass without gradient, in which modules call a hook each, by name: `hook(module, inputs, named, outputs)`."""
+    handles = [model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
+    try:
+        with torch.no_grad():
+            run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def observe(model: nn.Module, run: Callable[[nn.Module], Any], products: Sequence[Product]) -> dict[str, Layer]:
     """Layers with parameters of their own, with the shapes of a forward pass, and parameters of products; those that are not called are left out. A tied
     parameter counts once, in the first layer that is called."""
@@ -36,7 +47,7 @@ def observe(model: nn.Module, run: Callable[[nn.Module], Any], products: Sequenc
     }
 
     def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        def hook(module: nn.Module, inputs: Any, named: Any, outputs: Any) -> None:
             if name in found or not (made := tensors(outputs)):
                 return
             whole = isinstance(module, nn.MultiheadAttention)  # it never calls its layer for outputs
@@ -47,13 +58,7 @@ def observe(model: nn.Module, run: Callable[[nn.Module], Any], products: Sequenc
 
         return hook
 
-    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules() if name and module._parameters]
-    try:
-        with torch.no_grad():
-            run(model)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    watch(model, run, {name: note(name) for name, module in model.named_modules() if name and module._parameters})
     return found
 
 
