@@ -28,7 +28,7 @@ PLENTY = 8192 * MIB
 ROWS, BATCH, WIDTH = 320, 64, 16384  # a layer of a batch is 4 MiB
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def nothing_lies_free():
     """What earlier tests of this process left free would serve a leak without any growth."""
     gc.collect()
@@ -272,6 +272,7 @@ def graph_keeper() -> Callable:
     ],
     ids=["module", "closure"],
 )
+@pytest.mark.usefixtures("nothing_lies_free")
 def test_a_leak_is_named_once_and_the_run_goes_on(tmp_path, step, owner):
     history.clear()
     made = trainer(tmp_path, memory=PLENTY, model=small, step=step, epochs=60)
