@@ -28,13 +28,6 @@ PLENTY = 8192 * MIB
 ROWS, BATCH, WIDTH = 320, 64, 16384  # a layer of a batch is 4 MiB
 
 
-@pytest.fixture
-def nothing_lies_free():
-    """What earlier tests of this process left free would serve a leak without any growth."""
-    gc.collect()
-    machine.give_back_unused()
-
-
 class Wide(nn.Module):
     """Few weights and many activations: one number becomes WIDTH, eight times over."""
 
@@ -105,6 +98,7 @@ def same(left: dict, right: dict) -> bool:
     return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.own_process
 def test_half_the_memory_is_answered_by_smaller_parts_with_the_same_losses(tmp_path):
     trainer(tmp_path / "free").train()
     made = trainer(tmp_path / "tight", memory=above_idle(20 * MIB))  # a step takes about 40 MiB
@@ -118,6 +112,7 @@ def test_half_the_memory_is_answered_by_smaller_parts_with_the_same_losses(tmp_p
     assert losses(tmp_path / "tight") == pytest.approx(losses(tmp_path / "free"), rel=1e-4)
 
 
+@pytest.mark.own_process
 def test_without_a_budget_no_limit_is_set_and_after_training_it_is_lifted(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_DATA)
     seen = []
@@ -229,12 +224,14 @@ def test_a_crashed_run_goes_on_from_its_checkpoint_in_more_parts_and_does_so_aga
     assert "killed by signal 9" in lines[1]["why"]
 
 
+@pytest.mark.own_process
 def test_where_one_row_does_not_fit_the_smallest_budget_is_named(tmp_path):
-    made = trainer(tmp_path, memory=above_idle(3 * MIB), model=lambda: Wide(layers=1500))
+    trainer(tmp_path / "first", memory=PLENTY, epochs=1).train()  # what training loads once is idle from here on
+    made = trainer(tmp_path / "tight", memory=above_idle(3 * MIB), model=lambda: Wide(layers=1500))
     with pytest.raises(errors.NothingFits, match=r"are not enough: memory ran out.*1 row at a time.*--memory \d+MiB") as raised:
         made.train()
     assert raised.value.smallest_bytes > made.limits.memory_bytes
-    assert decisions(tmp_path)[-1]["parts"] == BATCH
+    assert decisions(tmp_path / "tight")[-1]["parts"] == BATCH
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
 
 
@@ -272,7 +269,7 @@ def graph_keeper() -> Callable:
     ],
     ids=["module", "closure"],
 )
-@pytest.mark.usefixtures("nothing_lies_free")
+@pytest.mark.own_process
 def test_a_leak_is_named_once_and_the_run_goes_on(tmp_path, step, owner):
     history.clear()
     made = trainer(tmp_path, memory=PLENTY, model=small, step=step, epochs=60)
@@ -284,6 +281,7 @@ def test_a_leak_is_named_once_and_the_run_goes_on(tmp_path, step, owner):
     assert made.position.step == 240
 
 
+@pytest.mark.own_process
 def test_a_run_that_does_not_leak_is_not_accused(tmp_path):
     trainer(tmp_path, memory=PLENTY, model=small, epochs=80).train()
     assert decisions(tmp_path, "growth") == []

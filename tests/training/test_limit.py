@@ -20,6 +20,7 @@ def above(size: int) -> int:
     return machine.resident_bytes() + size + limit.MARGIN_BYTES
 
 
+@pytest.mark.own_process
 def test_an_allocation_beyond_it_fails_and_afterwards_all_is_as_before():
     before = resource.getrlimit(resource.RLIMIT_DATA)
     with limit.held(above(50 * MIB)):
@@ -30,6 +31,7 @@ def test_an_allocation_beyond_it_fails_and_afterwards_all_is_as_before():
     assert np.empty(10 * MIB).nbytes == 80 * MIB
 
 
+@pytest.mark.own_process
 def test_one_that_is_open_already_goes_on():
     with limit.held(above(200 * MIB)) as outer:
         with limit.held(1) as inner:
@@ -44,6 +46,7 @@ def test_without_a_budget_nothing_is_held():
         assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
+@pytest.mark.own_process
 def test_a_limit_from_outside_comes_back_with_room_for_the_threads_that_were_started():
     before = resource.getrlimit(resource.RLIMIT_DATA)
     outside = machine.data_and_resident_bytes()[0] + 400 * MIB
@@ -70,6 +73,7 @@ def opened(hold: limit.Limit, size: int) -> np.ndarray:
         return np.ones(size // 8)
 
 
+@pytest.mark.own_process
 def test_what_is_opened_without_the_limit_must_fit_all_the_same():
     with limit.held(above(50 * MIB)) as hold:
         assert opened(hold, 20 * MIB).nbytes == 20 * MIB
@@ -82,6 +86,7 @@ def given_back(hold: limit.Limit, size: int) -> None:
         np.ones(size // 8)
 
 
+@pytest.mark.own_process
 def test_what_was_open_between_two_looks_and_given_back_counts_too(monkeypatch):
     monkeypatch.setattr(limit, "LEAST_SECONDS", 3600.0)  # the thread never looks
     machine.give_back_unused()
@@ -107,6 +112,7 @@ def asked_for(size: int) -> None:
         np.empty(size // 8)
 
 
+@pytest.mark.own_process
 def test_memory_that_runs_out_outside_steps_is_told_with_a_budget_that_would_do():
     budget = above(50 * MIB)
     with limit.held(budget), pytest.raises(errors.NothingFits, match="memory ran out while the model was built") as raised:
