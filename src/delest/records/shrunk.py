@@ -54,6 +54,7 @@ class Stage:
     why: str
     parameters: int
     seconds: float  # that it took: cutting, learning, judging
+    upper: float | None = None  # what it may have lost, with 95 % confidence, in the metric's unit; None: it was not judged
 
 
 @dataclass(frozen=True, kw_only=True)

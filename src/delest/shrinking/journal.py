@@ -2,7 +2,7 @@
 who follows the journal in a copy of the run, ends with the same artefact.
 
 Its lines: `settings` (which it belongs to), `step` (of how many channels widths are multiples), `begun` (a network, how much of the last one is cut and for how long it
-learns), `layers` (their seconds, by which cuts are weighed), `decided` (what became of it, with the checksum of its weights), `timed` (seconds of
+learns), `layers` (their seconds, by which cuts are weighed), `teaching` (whether the trained network teaches), `decided` (what became of it, with the checksum of its weights), `timed` (seconds of
 an answer by form), `shipped`. What a rung's training decides is in its own folder, in the `decisions.jsonl` that every training has.
 """
 

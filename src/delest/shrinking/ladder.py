@@ -35,14 +35,17 @@ if TYPE_CHECKING:
     from delest.shrinking.journal import Journal
     from delest.training.progress import Progress
 
-KEEP, GENTLER = 0.6, 0.8  # share of the parameters that a rung leaves, and after one that failed
+BOLD, FURTHER = 0.25, 0.4  # share of the parameters that the first rung leaves, and one after a rung that was kept
+GENTLEST = 0.8  # no rung leaves more
+RETREAT = (0.1, 0.65)  # powers of its share that the rung after a failed one leaves: by how far beyond the allowed drop it was
 SLOWER = 0.75  # a rung takes so many times its share of the parameters off the measured seconds of its layers
 BATCHES = (1, 32)  # rows at which layers are timed
 RUNGS = 8
 LEAST_EPOCHS = 0.5  # of training, without which a rung is not begun
-OF_TIME, OF_RUNG = 0.5, 0.4  # of the time for all rungs, and of what is left of that for one
+OF_TIME, OF_RUNG = 0.6, 0.4  # of the time for all rungs, and of what is left of that for one
 SCORED_BATCHES = 24
-DISTILLING = 1.35  # times an epoch of plain training, where the teacher answers as well
+TRIED = 0.15  # of the first rung's time, for each of both ways to teach it
+DISTILLING = 0.6  # times an epoch of plain training of the trained network: the teacher's answers, and a narrow network; the clock ends what is slower
 _PLAIN = ("precision", "memory_format", "micro_batch", "threads")  # methods that go with another loss and another network
 
 
@@ -87,7 +90,7 @@ class Ladder:
         self.journal.open({**settings, "weights": self.weights_sha256, "delest": __version__})
         self._reference = evaluate(self.trained.session, self.judging, self.metric, stop=self._stop)
         self._step = self.journal.follow("step", "", lambda: {"channels": suitable_step(self.threads)})["channels"]
-        keep, failed, spent = KEEP, 0, 0.0
+        keep, lineage, spent = BOLD, 0.0, 0.0  # seconds of the rungs that were kept, and of all
         for number in range(1, RUNGS + 1):
             source, name = accepted[-1], f"pruned-{number}"
             share = (self.seconds * OF_TIME - spent) * OF_RUNG
@@ -101,12 +104,13 @@ class Ladder:
             self.stages.append(stage)
             if network is not None:
                 accepted.append(network)
+                keep, lineage = max(keep, FURTHER), lineage + stage.seconds
                 continue
-            keep, failed = GENTLER, failed + 1
-            if failed == 2 or stage.parameters == source.parameters:  # nothing was cut
+            if keep == GENTLEST or stage.parameters == source.parameters:  # nothing was cut
                 break
+            keep = _gentler(keep, stage.upper, self.allowed)
         if len(accepted) > 1:
-            rival = self._rival(accepted[-1], spent)
+            rival = self._rival(accepted[-1], lineage)
             accepted += [rival] if rival is not None else []
         self._stop()
 
@@ -189,7 +193,11 @@ class Ladder:
         folder, before = self.folder / name, self.journal.found("decided", name)
         architecture, best = json.loads((folder / "architecture.json").read_text()), folder / "best.safetensors"
         known = before is not None and best.exists() and storage.checksum(best) == before["weights"]
-        session = self._session(architecture, learns=not known)
+        teacher = None
+        if not known:
+            seconds -= self._choose_teacher(name, architecture, seconds)
+            teacher = self._teacher if self.journal.follow("teaching", "", dict)["teacher"] else None
+        session = self._session(architecture, teacher)
         network = Network(name=name, session=session, parameters=session.parameters(), architecture=architecture)
         if not known:
             if (folder / "cut.safetensors").exists():
@@ -205,15 +213,24 @@ class Ladder:
         result = evaluate(session, self.judging, self.metric, stop=self._stop)
         bound = bound_drop(self.metric, self._reference, result)
         why = loses(bound, self.allowed)
-        stage = self._noted(name, network.parameters, began, why, _kept(result, bound, self.metric), storage.checksum(best))
+        kept, upper = _kept(result, bound, self.metric), None if bound is None else bound.upper
+        stage = self._noted(name, network.parameters, began, why, kept, upper=upper, weights=storage.checksum(best))
         return network if stage.accepted else None, stage
 
     def _noted(
-        self, name: str, parameters: int, began: float, fault: str | None, kept: str = "", weights: str | None = None
+        self,
+        name: str,
+        parameters: int,
+        began: float,
+        fault: str | None,
+        kept: str = "",
+        *,
+        upper: float | None = None,
+        weights: str | None = None,
     ) -> Stage:
         """Write down what became of a network, and say so."""
         seconds = time.monotonic() - began
-        stage = Stage(name=name, accepted=fault is None, why=fault or kept, parameters=parameters, seconds=seconds)
+        stage = Stage(name=name, accepted=fault is None, why=fault or kept, parameters=parameters, seconds=seconds, upper=upper)
         facts = {key: value for key, value in to_plain(stage).items() if key != "name"}
         self.journal.note("decided", name, **facts, weights=weights)
         done = "kept" if stage.accepted else "taken back"
@@ -233,31 +250,55 @@ class Ladder:
     def _teacher(self) -> Any:
         return self.backend.teacher(self.trained.session, self.feeds["train"], keep=not self.job.recipe.augment)
 
-    def _session(self, architecture: Mapping[str, Any], *, learns: bool) -> Any:
+    def _session(self, architecture: Mapping[str, Any], teacher: Any = None) -> Any:
+        """Of a narrower network; without a teacher it learns from targets alone."""
         schema = self.feeds["train"].preprocessing.schema
         job = self.backend.narrower(self.job, schema, architecture)
         plan = replace(self.plan, choices=tuple(choice for choice in self.plan.choices if choice.method in _PLAIN))
-        if not learns:
+        if teacher is None:
             return self.backend.session(job, plan, schema)
-        return self.backend.student(job, plan, schema, self._teacher)
+        return self.backend.student(job, plan, schema, teacher)
+
+    def _choose_teacher(self, name: str, architecture: Mapping[str, Any], seconds: float) -> float:
+        """Whether networks learn from the trained one or from targets alone: both are tried on the first network that was cut, for a part of its time.
+        Gives the seconds that this took of this network's."""
+        each, cut = TRIED * seconds, self.folder / name / "cut.safetensors"
+
+        def decide() -> dict[str, Any]:
+            enough = each >= LEAST_EPOCHS * self.epoch_seconds * DISTILLING and len(self.feeds["validation"]) and cut.exists()
+            return {"on": name, "seconds": 2 * each, "teacher": self._try_both(architecture, cut, each)} if enough else usual
+
+        usual = {"on": name, "seconds": 0.0, "teacher": True}
+        line = self.journal.follow("teaching", "", decide)
+        return line["seconds"] if line["on"] == name else 0.0
+
+    def _try_both(self, architecture: Mapping[str, Any], cut: Path, seconds: float) -> bool:
+        """Whether the trained network teaches as well as targets alone do: False where it is surely worse on the validation rows."""
+        found = {}
+        for word, teacher in (("the trained network", self._teacher), ("targets alone", None)):
+            self._stop()
+            self.say.stage(f"shrink: trying what a narrower network learns from {word} in {seconds:.0f} s")
+            session = self._session(architecture, teacher)
+            session.load_weights(Arrays(cut))
+            try:
+                self._trainer(session, cut.parent, seconds, seconds, saving=False).train()
+                found[word] = evaluate(session, self.feeds["validation"], self.metric, stop=self._stop)
+            except errors.Diverged:
+                return teacher is None
+        bound = bound_drop(self.metric, *found.values())
+        scores = ", ".join(f"{word} {one.score:.4g}" for word, one in found.items())
+        taught = bound is None or bound.upper >= 0
+        self.say.note(
+            f"{'the trained network teaches' if taught else 'targets alone teach better'}: {self.metric.name} by {scores}"
+        )
+        return taught
 
     def _train(self, name: str, session: Any, seconds: float, *, ended: bool) -> float:
         """Teach a network, or go on; the seconds that processes before this one taught it. One that has `ended` before does so where it did then."""
         folder = self.folder / name
-        epochs = max(1, int(seconds / (self.epoch_seconds * DISTILLING)))
-        recipe = replace(self.job.recipe, epochs=epochs, patience=max(self.job.recipe.patience, epochs // 4))
+        trainer = self._trainer(session, folder, seconds, None if ended else seconds)
         self.say.stage(
-            f"shrink: {name} with {session.parameters():,} parameters learns from the trained network, {epochs} epochs or {seconds:.0f} s"
-        )
-        trainer = Trainer(
-            session=session,
-            train_feed=self.feeds["train"],
-            validation_feed=self.feeds["validation"],
-            recipe=recipe,
-            metric=self.metric,
-            folder=folder,
-            limits=Limits(seconds=None if ended else seconds),
-            progress=self.say,
+            f"shrink: {name} with {session.parameters():,} parameters learns, {trainer.recipe.epochs} epochs or {seconds:.0f} s"
         )
         if any(folder.glob("checkpoints/step-*")):
             trainer.resume()
@@ -265,6 +306,28 @@ class Ladder:
         self._stop()
         trainer.train()
         return before
+
+    def _trainer(self, session: Any, folder: Path, seconds: float, limit: float | None, *, saving: bool = True) -> Trainer:
+        """For as many epochs as `seconds` may allow, ended by a clock at the `limit`."""
+        epochs = max(1, int(seconds / (self.epoch_seconds * DISTILLING)))
+        return Trainer(
+            session=session,
+            train_feed=self.feeds["train"],
+            validation_feed=self.feeds["validation"],
+            recipe=replace(self.job.recipe, epochs=epochs, patience=max(self.job.recipe.patience, epochs // 4)),
+            metric=self.metric,
+            folder=folder,
+            limits=Limits(seconds=limit),
+            progress=self.say,
+            saving=saving,
+        )
+
+
+def _gentler(keep: float, upper: float | None, allowed: float) -> float:
+    """The share that the next rung leaves after one that failed: what a network loses grows about as the logarithm of its share."""
+    least, most = RETREAT
+    power = least if upper is None else max(least, min(most, allowed / upper))
+    return min(GENTLEST, keep**power)
 
 
 def _of_stage(line: Mapping[str, Any]) -> dict[str, Any]:
