@@ -337,6 +337,28 @@ def test_columns_of_a_table_reach_the_model_by_name_and_a_subclass_is_built():
     assert made[-1] < 0.2 * made[0]
 
 
+@pytest.mark.parametrize("by_name", [True, False])
+def test_several_arrays_reach_the_model_by_name_or_in_order(by_name: bool):
+    columns = (Column(name="left", kind="array", shape=(2,)), Column(name="right", kind="array", shape=(3,)))
+    schema = Schema(inputs=columns, target=Target(name="y", kind="number"))
+
+    def network() -> Any:
+        given = {column.name: keras.Input(column.shape, name=column.name) for column in columns}
+        outputs = keras.layers.Dense(1)(keras.layers.Concatenate()(list(given.values())))
+        return keras.Model(given if by_name else list(given.values()), outputs)
+
+    random = np.random.default_rng(0)
+    arrays = {column.name: random.normal(size=(12, *column.shape)).astype(np.float32) for column in columns}
+    inputs = arrays if by_name else tuple(arrays.values())
+    trained = session(network, schema, recipe=Recipe(lr=0.05))
+    trained.parts = 3
+    given = Batch(inputs, arrays["left"][:, 0], np.arange(12), 0, 12)
+    made = [float(trained.step(given, 1.0).loss) for _ in range(30)]
+    assert made[-1] < 0.2 * made[0]
+    expected = np.concatenate(list(arrays.values()), axis=1) @ trained.weights()["dense/kernel"]
+    np.testing.assert_allclose(trained.predict(inputs), expected + trained.weights()["dense/bias"], rtol=1e-4, atol=1e-5)
+
+
 # What is refused
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -35,10 +34,16 @@ def is_keras(job: Job, schema: Schema) -> bool:
         return False
     if isinstance(job.model, type):
         return issubclass(job.model, keras.Model)
-    return "torch" not in sys.modules or _makes_keras(job.model, schema)
+    if "torch" not in sys.modules:
+        return True
+    if id(job.model) not in _asked:
+        _asked[id(job.model)] = job.model, _makes_keras(job.model, schema)
+    return _asked[id(job.model)][1]
 
 
-@functools.cache
+_asked: dict[int, tuple[Callable[..., Any], bool]] = {}  # by identity: what can be called need not be hashable
+
+
 def _makes_keras(factory: Callable[..., Any], schema: Schema) -> bool:
     from delest.frameworks.keras.building import KerasSchema
 

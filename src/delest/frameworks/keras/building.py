@@ -50,12 +50,7 @@ def build(job: Job, schema: Schema) -> keras.Model:
     model = _load(Path(job.model)) if isinstance(job.model, (str, Path)) else _make(job, schema)
     if not isinstance(model, keras.Model):
         raise errors.BadInput(f"the model factory gave a {type(model).__name__}, not a keras.Model.")
-    inputs = received(example(schema), schema)
-    try:
-        outputs = model(tensors(inputs), training=False)
-    except Exception as error:
-        raise errors.BadInput(f"the model does not take its inputs ({_shapes(inputs)}): {where(error)}") from error
-    _check_outputs(model, outputs, job, schema)
+    _check_outputs(model, _try(model, schema), job, schema)
     _seed_all(job.seed)
     return model
 
@@ -92,6 +87,21 @@ def where(error: BaseException) -> str:
     place = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}{place}"
+
+
+def _try(model: keras.Model, schema: Schema) -> Any:
+    """Outputs for two rows of zeros, by name or, where a model takes several arrays so, in order."""
+    inputs = example(schema)
+    forms = [inputs, tuple(inputs.values())] if isinstance(inputs, dict) and not schema.is_table else [inputs]
+    faults = []
+    for given in forms:
+        try:
+            return model(tensors(received(given, schema)), training=False)
+        except Exception as error:
+            faults.append(error)
+    raise errors.BadInput(
+        f"the model does not take its inputs ({_shapes(received(inputs, schema))}): {where(faults[0])}"
+    ) from faults[0]
 
 
 def _check_outputs(model: keras.Model, outputs: Any, job: Job, schema: Schema) -> None:
@@ -144,7 +154,9 @@ def _dtype(column: Any) -> str:
 
 
 def received(inputs: Any, schema: Schema) -> Any:
-    """A batch's inputs, NumPy, as the model receives them: images with the channels where Keras has them."""
+    """A batch's inputs, NumPy, as the model receives them: images with the channels where Keras has them, a tuple as a list."""
+    if isinstance(inputs, tuple):
+        return list(inputs)
     if schema.is_image and channels_last():
         return np.ascontiguousarray(inputs.transpose(0, 2, 3, 1))
     return inputs

@@ -17,7 +17,7 @@ from delest import errors
 class Engine(Protocol):
     """One model with its optimizer. Inputs, targets and gradients are the framework's tensors."""
 
-    begins: bool  # an update that fails may leave some weights changed
+    in_place: bool  # values of variables change in place, and an update that fails may leave some of them changed
 
     def gradient(self, inputs: Any, targets: Any, share: float) -> tuple[Any, list[Any]]:
         """`share` of the mean loss of a micro-batch (penalties of layers included), and its gradient for each trainable variable.
@@ -84,7 +84,7 @@ def _clipped(gradients: list[Any], clip: float | None) -> tuple[list[Any], Any]:
 
 
 class _TensorFlow:
-    begins = True
+    in_place = True
 
     def __init__(self, model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None):
         import tensorflow as tf
@@ -115,7 +115,7 @@ class _TensorFlow:
 
 
 class _Jax:
-    begins = False  # new values are assigned when all of them are there
+    in_place = False  # new values are assigned when all of them are there
 
     def __init__(self, model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None):
         import jax
@@ -162,7 +162,7 @@ class _Jax:
 
 
 class _Torch:
-    begins = True
+    in_place = True
 
     def __init__(self, model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None):
         self.model, self.optimizer, self.mean, self.clip = model, optimizer, mean, clip

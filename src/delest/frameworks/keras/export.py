@@ -45,10 +45,13 @@ def export_session(session: KerasSession, inputs: Any, path: Path) -> None:
             weights=str(weights),
             path=str(path),
             under=under,
+            positional=isinstance(inputs, tuple),
         )
 
 
-def export_rebuilt(job: Job, *, schema: dict[str, Any], weights: str, path: str, under: str) -> dict[str, Any]:
+def export_rebuilt(
+    job: Job, *, schema: dict[str, Any], weights: str, path: str, under: str, positional: bool
+) -> dict[str, Any]:
     """`export_session` in a process whose Keras computes with torch, for weights that were trained `under` another framework."""
     known = from_json(Schema, schema)
     try:
@@ -59,7 +62,8 @@ def export_rebuilt(job: Job, *, schema: dict[str, Any], weights: str, path: str,
             f"the network was trained on {under} and is exported through torch, where it could not be built again: {error} Write its layers "
             "with keras.ops to get a bundle; the trained model is kept."
         ) from error
-    _export(session, building.example(known), Path(path))
+    inputs = building.example(known)
+    _export(session, tuple(inputs.values()) if positional else inputs, Path(path))
     return {}
 
 
@@ -76,7 +80,7 @@ def _export(session: KerasSession, inputs: Any, path: Path) -> None:
             self.network = session.model
 
         def forward(self, *inputs: Any, **named: Any) -> Any:
-            given: Any = named or (inputs[0] if len(inputs) == 1 else inputs)
+            given: Any = named or (inputs[0] if len(inputs) == 1 else list(inputs))
             if session.schema.is_image and building.channels_last():
                 given = given.permute(0, 2, 3, 1)
             return self.network(given, training=False)

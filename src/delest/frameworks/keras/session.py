@@ -73,7 +73,7 @@ class KerasSession:
             before()
             if not engines.is_out_of_memory(error):
                 raise
-            begun = phase == "optimizer" and self.engine.begins
+            begun = phase == "optimizer" and self.engine.in_place
             raise errors.OutOfMemory(phase, str(error).partition("\n")[0], begun) from error
         return Step(Lazy(lambda: float(total)), batch.count, None if norm is None else Lazy(lambda: float(norm)))
 
@@ -86,7 +86,8 @@ class KerasSession:
     def _remember(self) -> Callable[[], None]:
         """Note what a forward pass changes (statistics, seeds, the rate), and give the function that brings it back."""
         changing = [*self.model.non_trainable_variables, self.optimizer.learning_rate]
-        values = [keras.ops.copy(variable.value) for variable in changing]
+        copied = keras.ops.copy if self.engine.in_place else lambda value: value
+        values = [copied(variable.value) for variable in changing]
         random = _torch_state()
 
         def back() -> None:
