@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-keras = pytest.importorskip("keras")
+keras = pytest.importorskip("keras", reason="`make test-keras` runs this test where Keras is installed")
 
 from delest import errors  # noqa: E402
 from delest.frameworks.keras.session import KerasSession  # noqa: E402

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-keras = pytest.importorskip("keras")
+keras = pytest.importorskip("keras", reason="`make test-keras` runs this test where Keras is installed")
 
 ON = keras.backend.backend()
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-keras = pytest.importorskip("keras")
+keras = pytest.importorskip("keras", reason="`make test-keras` runs this test where Keras is installed")
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
