@@ -17,6 +17,9 @@ from safetensors.numpy import load_file
 
 keras = pytest.importorskip("keras", reason="`make test-keras` runs this test where Keras is installed")
 
+import delest  # noqa: E402
+from delest import errors  # noqa: E402
+
 ON = keras.backend.backend()
 EXAMPLES = Path(__file__).parents[2] / "examples"
 JOB = """
@@ -167,6 +170,27 @@ def test_examples(tmp_path: Path, example: str, options: list[str]):
     else:
         assert answer["test"]["accuracy"] > 0.8
     assert (tmp_path / "run" / "shrunk" / "model.onnx").exists()
+
+
+def test_a_job_of_python_objects_is_trained_here(tmp_path: Path):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(300, 5)).astype(np.float32)
+    job = delest.Job(
+        model=lambda schema: keras.Sequential([keras.Input((5,)), keras.layers.Dense(schema.outputs)]),
+        data=(x, (x[:, 0] > 0).astype(int)),
+        batch_size=20,
+        recipe=delest.Recipe(epochs=4, lr=0.05),
+    )
+    if ON == "jax":
+        with pytest.raises(errors.BadInput, match="put it in a file, or train with KERAS_BACKEND"):
+            delest.run(job, out=tmp_path / "run", max_drop=0.5)
+    else:
+        delest.run(job, out=tmp_path / "run", max_drop=0.5)
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["status"] == "done"
+    assert run["test"]["accuracy"] > 0.8
+    assert (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / "bundle").exists() == (ON != "jax")
 
 
 TORCH_JOB = """
