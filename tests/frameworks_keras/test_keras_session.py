@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import nn  # noqa: E402
 from delest import errors  # noqa: E402
 from delest.backends.torch import losses as torch_losses  # noqa: E402
 from delest.backends.torch.session import TorchSession  # noqa: E402
-from delest.frameworks.keras import losses  # noqa: E402
+from delest.frameworks.keras import KerasBackend, losses  # noqa: E402
 from delest.frameworks.keras.session import KerasSession  # noqa: E402
 from delest.job import Job, Recipe  # noqa: E402
 from delest.records.batch import Batch, State  # noqa: E402
@@ -357,6 +358,20 @@ def test_several_arrays_reach_the_model_by_name_or_in_order(by_name: bool):
     assert made[-1] < 0.2 * made[0]
     expected = np.concatenate(list(arrays.values()), axis=1) @ trained.weights()["dense/kernel"]
     np.testing.assert_allclose(trained.predict(inputs), expected + trained.weights()["dense/bias"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_in_half_precision_is_trained_and_not_exported(tmp_path: Path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        trained = session(restless, recipe=Recipe(lr=0.02))
+        made = [float(trained.step(batch(), 1.0).loss) for _ in range(30)]
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert made[-1] < made[0]
+    assert {array.dtype for array in trained.weights().values()} == {np.dtype(np.float32)}
+    assert trained.predict(batch().inputs).dtype == np.float32
+    with pytest.raises(errors.BadInput, match="computes in bfloat16"):
+        KerasBackend().export(trained, batch(2).inputs, tmp_path / "model.onnx")
 
 
 # What is refused

@@ -12,6 +12,7 @@ import keras
 
 from delest import errors, processes, storage, tensors
 from delest.frameworks.keras import building
+from delest.frameworks.keras.optimizers import layers_of
 from delest.frameworks.keras.session import KerasSession
 from delest.job import Job
 from delest.records.form import from_json, to_json
@@ -26,6 +27,11 @@ def export_session(session: KerasSession, inputs: Any, path: Path) -> None:
 
     Raises `BadInput` where the network has no ONNX form, or cannot be built on torch.
     """
+    if half := sorted({layer.compute_dtype for layer in layers_of(session.model)} & {"bfloat16", "float16"}):
+        raise errors.BadInput(
+            f"the network computes in {half[0]} (its dtype policy), which ONNX Runtime has no layers for on a CPU. The trained model is kept; its "
+            "weights fit the same network under the policy float32, as --init-from."
+        )
     under = keras.backend.backend()
     if under != "jax":
         (_from_torch if under == "torch" else _from_tensorflow)(session, inputs, path)
