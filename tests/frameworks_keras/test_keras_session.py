@@ -241,6 +241,20 @@ def test_a_state_in_another_session_goes_on_bit_for_bit():
     assert any(name.startswith("random.") for name in state.arrays)
 
 
+def test_weights_in_bf16_go_round_as_16_bits():
+    keras.config.set_dtype_policy("bfloat16")
+    try:
+        first, second = session(plain), session(plain, seed=5)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    first.step(batch(), 1.0)
+    given = arrays(first)
+    assert given["model.sequential/dense/kernel"].dtype == np.uint16
+    assert not same(given, arrays(second))
+    second.load(State(given, first.state().scalars))
+    assert same(given, arrays(second))
+
+
 def test_a_state_of_another_framework_or_optimizer_is_refused():
     trained = session(restless)
     with pytest.raises(errors.BadInput, match="KERAS_BACKEND=another"):
