@@ -200,7 +200,15 @@ def test_where_targets_alone_surely_teach_better_the_trained_network_is_not_aske
 
 @pytest.mark.parametrize(
     ("keep", "upper", "then"),
-    [(0.25, 0.0037, 0.406), (0.25, 0.006, 0.5), (0.5, 0.006, 0.707), (0.25, 0.3, 0.8), (0.25, None, 0.8), (0.7, 0.0031, 0.793)],
+    [
+        (0.25, 0.0037, 0.406),
+        (0.25, 0.006, 0.5),
+        (0.5, 0.006, 0.707),
+        (0.25, 0.3, 0.8),
+        (0.25, None, 0.8),
+        (0.25, 0.0, 0.406),
+        (0.7, 0.0031, 0.793),
+    ],
 )
 def test_the_rung_after_one_that_failed_leaves_more_the_more_was_lost(keep, upper, then):
     assert ladder._gentler(keep, upper, 0.003) == pytest.approx(then, abs=1e-3)

@@ -337,7 +337,10 @@ class Ladder:
 def _gentler(keep: float, upper: float | None, allowed: float) -> float:
     """The share that the next rung leaves after one that failed: what a network loses grows about as the logarithm of its share."""
     least, most = RETREAT
-    power = least if upper is None else max(least, min(most, allowed / upper))
+    if upper is None:  # it learnt nothing that could be judged
+        power = least
+    else:
+        power = max(least, min(most, allowed / upper)) if upper > 0 else most  # no row differs, and too few say so
     return min(GENTLEST, keep**power)
 
 
