@@ -41,11 +41,11 @@ RETREAT = (0.1, 0.65)  # powers of its share that the rung after a failed one le
 SLOWER = 0.75  # a rung takes so many times its share of the parameters off the measured seconds of its layers
 BATCHES = (1, 32)  # rows at which layers are timed
 RUNGS = 8
-LEAST_EPOCHS = 0.5  # of training, without which a rung is not begun
+LEAST_EPOCHS = 1.0  # of a narrower network, without which a rung is not begun
 OF_TIME, OF_RUNG = 0.6, 0.4  # of the time for all rungs, and of what is left of that for one
 SCORED_BATCHES = 24
-TRIED = 0.15  # of the first rung's time, for each of both ways to teach it
-DISTILLING = 0.6  # times an epoch of plain training of the trained network: the teacher's answers, and a narrow network; the clock ends what is slower
+TRIED = 0.25  # of the first rung's time, for each of both ways to teach it
+DISTILLING = 0.3  # times an epoch of plain training of the trained network, at the least; the clock ends what is slower
 STUDENT = "student"  # the user's, by name
 _PLAIN = ("precision", "memory_format", "micro_batch", "threads")  # methods that go with another loss and another network
 
