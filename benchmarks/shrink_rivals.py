@@ -55,7 +55,10 @@ def by_torch_pruning(start: Trained, folder: Path, task: Task, accepts: Any) -> 
         try:
             network = _pruned(start, ratio)
         except Exception as error:
-            told[f"torch-pruning {ratio:g}"] = {"fault": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+            told[f"torch-pruning {ratio:g}"] = {
+                "fault": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}",
+                "within": False,
+            }
             ratio = GENTLER
             continue
         trained = fine_tuned(start.place.job, network, start, task.seconds / 2, folder / f"pruned-{number}")

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from shrink import BATCHES, best_rival, latency
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- results: python benchmarks/table.py --write -->", "<!-- end of results -->"
@@ -38,6 +40,7 @@ def render() -> str:
         *_step_time(read("step_time")["bounds"]),
         *_scripts(read("measure_scripts")["rows"]),
         _published(read("published")["bounds"]),
+        *_shrinking(read("shrink")["rows"]),
         *_smallest({row["row"]: row for row in read("smallest_budget")["rows"]}),
         _startup({row["row"]: row for row in startup["rows"]}),
     ]
@@ -126,6 +129,27 @@ def _published(bounds: list[dict[str, Any]]) -> str:
         f"| * peak memory of 17 published GPU trainings, without a GPU: error, median and worst | | **{100 * median:.1f} %, {100 * worst:.0f} %** "
         f"| `python benchmarks/published.py --data CSV` |"
     )
+
+
+def _shrinking(rows: list[dict[str, Any]]) -> list[str]:
+    """What ships beside the start, and what others make of it."""
+    lines = []
+    for row in rows:
+        start, ships = row["forms"]["start"], row["forms"][f"delest {row['ships']}"]
+        rival = best_rival(row)
+        other = f"; best other: {rival['name']}, {_form(rival)}" if rival else ""
+        times = " and ".join(f"{latency(start, batch) / latency(ships, batch):.1f}x" for batch in BATCHES)
+        lines.append(
+            f"| * `delest shrink`, {row['row']}, {row['allowed']:.2g} of {row['metric']} may be lost | {_form(start)}{other} "
+            f"| **{_form(ships)}** ({start['bytes'] / ships['bytes']:.1f}x; {times} as fast) | `python benchmarks/shrink.py --only {row['row']}` |"
+        )
+    return lines
+
+
+def _form(form: dict[str, Any]) -> str:
+    """Its size, and the latency of one row and of 32."""
+    times = (f"{1e6 * latency(form, batch):,.0f} µs" for batch in BATCHES)
+    return f"{form['bytes'] / 1024:,.0f} KiB, {' and '.join(times)}"
 
 
 def _smallest(rows: dict[str, dict[str, Any]]) -> list[str]:

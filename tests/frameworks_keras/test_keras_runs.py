@@ -112,6 +112,7 @@ REFUSED = [
     ["train", "tiny.py", "--memory", "2GiB", "--out", "never"],
     ["run", "tiny.py", "--exact", "--out", "never"],
     ["shrink", "run", "--time", "10s"],
+    ["shrink", "run", "--student", "tiny.py"],
 ]
 
 

@@ -15,6 +15,7 @@ import delest
 from delest import errors, runs
 from delest.cli import main
 from delest.detection import MeanAveragePrecision
+from delest.records.shrunk import Bound
 from delest.shrinking import ladder, layer_times, pipeline
 from delest.training.progress import Progress
 
@@ -163,10 +164,54 @@ def test_without_time_the_network_keeps_its_widths(shrinkable):
 
 
 def test_what_cannot_be_proven_is_taken_back(shrinkable, monkeypatch):
-    shrunk = shrink(shrinkable, max_drop=1e-9)
+    unsure = Bound(drop=0.0, upper=0.2, rows=40, disagreeing=0.1)
+    monkeypatch.setattr(ladder, "bound_drop", lambda *given: unsure)
+    shrunk = shrink(shrinkable)
+    assert [stage.upper for stage in shrunk.stages] == [0.2] * len(shrunk.stages)
     assert shrunk.stages
     assert not any(stage.accepted for stage in shrunk.stages)
     assert not any(name.startswith("pruned") for name in (one.name for one in shrunk.candidates))
+    assert teaching(shrinkable)["teacher"], "what is not surely better is not believed"
+
+
+def teaching(folder):
+    lines = (folder / "shrinking" / "decisions.jsonl").read_text().splitlines()
+    return next(line for line in map(json.loads, lines) if line["kind"] == "teaching")
+
+
+def test_where_targets_alone_surely_teach_better_the_trained_network_is_not_asked(shrinkable, monkeypatch):
+    train, taught = ladder.Trainer.train, []
+
+    def watched(self):
+        taught.append((self.saving, type(self.session).__name__))
+        train(self)
+
+    monkeypatch.setattr(ladder.Trainer, "train", watched)
+    monkeypatch.setattr(ladder, "LEAST_EPOCHS", 0.0)  # a rung is short here
+    monkeypatch.setattr(ladder, "bound_drop", lambda *given: Bound(drop=-0.1, upper=-0.05, rows=40, disagreeing=0.1))
+    shrunk = shrink(shrinkable)
+    line = teaching(shrinkable)
+    assert (line["teacher"], line["on"]) == (False, "pruned-1")
+    assert 0 < line["seconds"] < shrunk.stages[0].seconds
+    assert taught[:2] == [(False, "StudentSession"), (False, "TorchSession")]
+    assert len(taught) > 3
+    assert set(taught[2:]) == {(True, "TorchSession")}
+
+
+@pytest.mark.parametrize(
+    ("keep", "upper", "then"),
+    [
+        (0.25, 0.0037, 0.406),
+        (0.25, 0.006, 0.5),
+        (0.5, 0.006, 0.707),
+        (0.25, 0.3, 0.8),
+        (0.25, None, 0.8),
+        (0.25, 0.0, 0.406),
+        (0.7, 0.0031, 0.793),
+    ],
+)
+def test_the_rung_after_one_that_failed_leaves_more_the_more_was_lost(keep, upper, then):
+    assert ladder._gentler(keep, upper, 0.003) == pytest.approx(then, abs=1e-3)
 
 
 def test_an_interrupted_shrink_ships_what_was_kept_and_goes_on_with_what_was_decided(shrinkable, monkeypatch):

@@ -109,6 +109,10 @@ SMALLER: Group = {
     "size": option(str, "--size", "what the file may take, as 2MB", "SIZE"),
     "time": option(str, "--time", "for narrower networks, as 10min; 0: none [as long as the training took]", "TIME"),
 }
+LEARNING: Group = {
+    "teacher": option(str, "--teacher", "a finished run on the same data that teaches in place of RUN", "RUN"),
+    "student": option(str, "--student", "a job whose model is a student of your own", "JOB"),
+}
 GIVEN: Group = {
     "weights": option(str, "--weights", "safetensors of a network that was trained elsewhere", "FILE"),
     "out": option(str, "--out", "its run folder [runs/NAME-001, counted up]", "FOLDER"),

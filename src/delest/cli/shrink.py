@@ -11,7 +11,9 @@ from delest.cli import Answer, options
 EXAMPLE = "delest shrink runs/digits-001 --max-drop 0.5% --time 5min"
 
 
-@options.with_options(settings={**options.MAX_DROP, **options.THREADS}, wishes=options.SMALLER, given=options.GIVEN)
+@options.with_options(
+    settings={**options.MAX_DROP, **options.THREADS}, wishes=options.SMALLER, learning=options.LEARNING, given=options.GIVEN
+)
 def shrink(
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="folder of a finished run; with --weights a JOB", show_default=False)
@@ -20,6 +22,7 @@ def shrink(
     quiet: options.QuietOption = False,
     settings: dict[str, Any],
     wishes: dict[str, Any],
+    learning: dict[str, Any],
     given: dict[str, Any],
 ) -> Answer:
     """Make a trained model smaller and faster, with proof.
@@ -29,5 +32,7 @@ def shrink(
     from delest import verbs
     from delest.reporting import text
 
-    shrunk = verbs.shrink(run, say=verbs.progress(quiet=quiet), **options.read_training(settings), **wishes, **given)
+    shrunk = verbs.shrink(
+        run, say=verbs.progress(quiet=quiet), **options.read_training(settings), **wishes, **learning, **given
+    )
     return Answer(shrunk, lambda: text.shrunk_text(shrunk))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -41,11 +41,12 @@ RETREAT = (0.1, 0.65)  # powers of its share that the rung after a failed one le
 SLOWER = 0.75  # a rung takes so many times its share of the parameters off the measured seconds of its layers
 BATCHES = (1, 32)  # rows at which layers are timed
 RUNGS = 8
-LEAST_EPOCHS = 0.5  # of training, without which a rung is not begun
+LEAST_EPOCHS = 1.0  # of a narrower network, without which a rung is not begun
 OF_TIME, OF_RUNG = 0.6, 0.4  # of the time for all rungs, and of what is left of that for one
 SCORED_BATCHES = 24
-TRIED = 0.15  # of the first rung's time, for each of both ways to teach it
-DISTILLING = 0.6  # times an epoch of plain training of the trained network: the teacher's answers, and a narrow network; the clock ends what is slower
+TRIED = 0.25  # of the first rung's time, for each of both ways to teach it
+DISTILLING = 0.3  # times an epoch of plain training of the trained network, at the least; the clock ends what is slower
+STUDENT = "student"  # the user's, by name
 _PLAIN = ("precision", "memory_format", "micro_batch", "threads")  # methods that go with another loss and another network
 
 
@@ -67,30 +68,38 @@ class Ladder:
     threads: int
     say: Progress
     weights_sha256: str | None = None  # of the trained network
+    teacher: Any = None  # a session that teaches in place of the trained network's
+    student: Callable[..., Any] | None = None  # builds a network of the user's own, which learns first
+    known_by: Mapping[str, str] = field(default_factory=dict)  # the journal's words for these two
     stages: list[Stage] = field(default_factory=list)
     interrupted: errors.Interrupted | None = None  # by which climbing ended
     signals: Signals = field(default_factory=Signals)
 
     def climb(self) -> list[Network]:
-        """The networks that kept the accuracy, narrower and narrower, and the rival of the last where it kept it too.
+        """The networks that kept the accuracy: the user's student, narrower and narrower ones, and the rival of the last where it kept it too.
 
         A signal ends it: `interrupted` then says so, what was kept so far is returned, and who climbs again goes on.
         """
+        students: list[Network] = []
         accepted = [self.trained]
         try:
             with self.signals.watched():
-                self._climb(accepted)
+                self._climb(accepted, students)
         except errors.Interrupted as stopped:
             self.interrupted = stopped
             self.say.note("interrupted: what was kept so far is measured and shipped; a second time ends it at once")
-        return accepted[1:]
+        return [*students, *accepted[1:]]
 
-    def _climb(self, accepted: list[Network]) -> None:
-        settings = {"allowed": self.allowed, "seconds": self.seconds, "threads": self.threads}
+    def _climb(self, accepted: list[Network], students: list[Network]) -> None:
+        settings = {"allowed": self.allowed, "seconds": self.seconds, "threads": self.threads, **self.known_by}
         self.journal.open({**settings, "weights": self.weights_sha256, "delest": __version__})
         self._reference = evaluate(self.trained.session, self.judging, self.metric, stop=self._stop)
         self._step = self.journal.follow("step", "", lambda: {"channels": suitable_step(self.threads)})["channels"]
         keep, lineage, spent = BOLD, 0.0, 0.0  # seconds of the rungs that were kept, and of all
+        if self.student is not None:
+            network, stage = self._fresh(STUDENT, {STUDENT: self.known_by.get(STUDENT, "")}, self.seconds * OF_TIME * OF_RUNG)
+            spent += stage.seconds
+            students += [network] if network is not None else []
         for number in range(1, RUNGS + 1):
             source, name = accepted[-1], f"pruned-{number}"
             share = (self.seconds * OF_TIME - spent) * OF_RUNG
@@ -110,7 +119,8 @@ class Ladder:
                 break
             keep = _gentler(keep, stage.upper, self.allowed)
         if len(accepted) > 1:
-            rival = self._rival(accepted[-1], lineage)
+            assert accepted[-1].architecture is not None
+            rival, _ = self._fresh("fresh", accepted[-1].architecture, lineage)
             accepted += [rival] if rival is not None else []
         self._stop()
 
@@ -174,19 +184,17 @@ class Ladder:
                 found[name] += one / max(1e-12, sum(seconds.values())) / len(BATCHES)
         return found
 
-    def _rival(self, last: Network, seconds: float) -> Network | None:
-        """A fresh network of the last rung's widths."""
-        began, name = time.monotonic(), "fresh"
-        facts = self.journal.follow("begun", name, lambda: {"from": last.name, "seconds": seconds})
-        before = self._decided(name)
-        if before is not None and not before.accepted:
-            self.stages.append(before)
-            return None
-        (self.folder / name).mkdir(exist_ok=True)
-        storage.write_json(self.folder / name / "architecture.json", last.architecture)
-        network, stage = self._taught(name, facts["seconds"], began)
+    def _fresh(self, name: str, architecture: Mapping[str, Any], seconds: float) -> tuple[Network | None, Stage]:
+        """A network that begins with random weights."""
+        began = time.monotonic()
+        facts = self.journal.follow("begun", name, lambda: {"seconds": seconds})
+        stage, network = self._decided(name), None
+        if stage is None or stage.accepted:
+            (self.folder / name).mkdir(exist_ok=True)
+            storage.write_json(self.folder / name / "architecture.json", architecture)
+            network, stage = self._taught(name, facts["seconds"], began)
         self.stages.append(stage)
-        return network
+        return network, stage
 
     def _taught(self, name: str, seconds: float, began: float) -> tuple[Network | None, Stage]:
         """The network that was cut, once it has learnt, where its accuracy is kept, and what became of it."""
@@ -194,9 +202,11 @@ class Ladder:
         architecture, best = json.loads((folder / "architecture.json").read_text()), folder / "best.safetensors"
         known = before is not None and best.exists() and storage.checksum(best) == before["weights"]
         teacher = None
-        if not known:
-            seconds -= self._choose_teacher(name, architecture, seconds)
-            teacher = self._teacher if self.journal.follow("teaching", "", dict)["teacher"] else None
+        if not known and name == STUDENT:
+            teacher = self._teacher
+        elif not known:
+            teacher, choosing = self._choose_teacher(name, architecture, seconds)
+            seconds -= choosing
         session = self._session(architecture, teacher)
         network = Network(name=name, session=session, parameters=session.parameters(), architecture=architecture)
         if not known:
@@ -248,20 +258,21 @@ class Ladder:
 
     @cached_property
     def _teacher(self) -> Any:
-        return self.backend.teacher(self.trained.session, self.feeds["train"], keep=not self.job.recipe.augment)
+        return self.backend.teacher(self.teacher or self.trained.session, self.feeds["train"], keep=not self.job.recipe.augment)
 
     def _session(self, architecture: Mapping[str, Any], teacher: Any = None) -> Any:
         """Of a narrower network; without a teacher it learns from targets alone."""
         schema = self.feeds["train"].preprocessing.schema
-        job = self.backend.narrower(self.job, schema, architecture)
+        own = STUDENT in architecture
+        job = replace(self.job, model=self.student) if own else self.backend.narrower(self.job, schema, architecture)
         plan = replace(self.plan, choices=tuple(choice for choice in self.plan.choices if choice.method in _PLAIN))
         if teacher is None:
             return self.backend.session(job, plan, schema)
         return self.backend.student(job, plan, schema, teacher)
 
-    def _choose_teacher(self, name: str, architecture: Mapping[str, Any], seconds: float) -> float:
-        """Whether networks learn from the trained one or from targets alone: both are tried on the first network that was cut, for a part of its time.
-        Gives the seconds that this took of this network's."""
+    def _choose_teacher(self, name: str, architecture: Mapping[str, Any], seconds: float) -> tuple[Any, float]:
+        """Who teaches, None for targets alone: both are tried on the first network that was cut, for a part of its time; the seconds that this took of
+        this network's."""
         each, cut = TRIED * seconds, self.folder / name / "cut.safetensors"
 
         def decide() -> dict[str, Any]:
@@ -270,7 +281,7 @@ class Ladder:
 
         usual = {"on": name, "seconds": 0.0, "teacher": True}
         line = self.journal.follow("teaching", "", decide)
-        return line["seconds"] if line["on"] == name else 0.0
+        return self._teacher if line["teacher"] else None, line["seconds"] if line["on"] == name else 0.0
 
     def _try_both(self, architecture: Mapping[str, Any], cut: Path, seconds: float) -> bool:
         """Whether the trained network teaches as well as targets alone do: False where it is surely worse on the validation rows."""
@@ -326,7 +337,10 @@ class Ladder:
 def _gentler(keep: float, upper: float | None, allowed: float) -> float:
     """The share that the next rung leaves after one that failed: what a network loses grows about as the logarithm of its share."""
     least, most = RETREAT
-    power = least if upper is None else max(least, min(most, allowed / upper))
+    if upper is None:  # it learnt nothing that could be judged
+        power = least
+    else:
+        power = max(least, min(most, allowed / upper)) if upper > 0 else most  # no row differs, and too few say so
     return min(GENTLEST, keep**power)
 
 

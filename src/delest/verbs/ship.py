@@ -13,6 +13,7 @@ from delest.records.form import read_json
 from delest.records.run import Run
 from delest.records.shrunk import Shrunk
 from delest.verbs.keras_jobs import is_keras, refuse
+from delest.verbs.teaching import Company, company
 from delest.verbs.training import Trained, read_weights, restore
 from delest.verbs.workplace import backend
 
@@ -35,6 +36,8 @@ def shrink(
     size: str | int | None = None,
     time: str | float | None = None,
     threads: int | None = None,
+    teacher: Run | str | Path | Any = None,
+    student: jobs.Job | str | Path | Callable[..., Any] | None = None,
     say: Progress | None = None,
 ) -> Shrunk:
     """Make a trained model smaller and faster: prune and distil it within `time`, quantise, and ship what pays inside `max_drop`.
@@ -44,6 +47,8 @@ def shrink(
     `max_drop` is the largest loss of the metric that the one-sided 95 % confidence bound on the selection split may allow: in
     its own unit (0.005 is half a point of accuracy), or as a share of the score for errors such as rmse. `latency` ("5ms", seconds) is what one row may take, `size` ("2MB", bytes)
     what the file may. `time` ("10min", seconds; None: as long as the training took) is for narrower networks; with 0 there are none.
+    `teacher` is who teaches in place of the trained network: a run on the same data, or a trained module. `student`, a factory or a job that has one, builds a network
+    of your own, which learns first and ships where it pays; `delest.load` then wants that factory.
     Begun again in the same run, it goes on where it was interrupted.
 
     Raises `BadInput` where `run` is neither, `CheckFailed` where the exported
@@ -69,14 +74,14 @@ def shrink(
     else:
         seconds = 0.0 if time in (0, "0") else units.read_seconds(time)
     try:
-        shrunk = shrink_trained(trained, max_drop=max_drop, threads=threads, say=say, seconds=seconds, wish=wish)
+        others = company(trained, teacher, student, say)
+        shrunk = shrink_trained(trained, max_drop=max_drop, threads=threads, say=say, seconds=seconds, wish=wish, others=others)
     except errors.AccuracyNotMet:
         report(folder)
         raise
     except errors.Interrupted as stopped:
-        raise errors.Interrupted(
-            stopped.signal_number, _again(folder, max_drop=max_drop, latency=latency, size=size, time=time, threads=threads)
-        ) from None
+        given = {"latency": latency, "size": size, "time": time, "threads": threads, "teacher": teacher, "student": student}
+        raise errors.Interrupted(stopped.signal_number, _again(folder, max_drop=max_drop, **given)) from None
     report(folder)
     return shrunk
 
@@ -119,12 +124,20 @@ def _epoch_seconds(trained: Trained) -> float:
 
 def _again(folder: Path, **given: Any) -> str:
     """The command that goes on with an interrupted shrink: with the same wishes, or its journal would begin anew."""
-    options = (f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in given.items() if value is not None)
+    said = {name: value for name, value in given.items() if isinstance(value, (str, Path, int, float))}  # no objects
+    options = (f" --{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in said.items())
     return f"delest shrink {shlex.quote(str(folder))}{''.join(options)}"
 
 
 def shrink_trained(
-    trained: Trained, *, max_drop: float, threads: int | None, say: Progress, seconds: float = 0.0, wish: Wish | None = None
+    trained: Trained,
+    *,
+    max_drop: float,
+    threads: int | None,
+    say: Progress,
+    seconds: float = 0.0,
+    wish: Wish | None = None,
+    others: Company | None = None,
 ) -> Shrunk:
     """`shrink` for a training that is still in memory; narrower networks are made for `seconds`."""
     from delest.hardware import machine
@@ -154,7 +167,9 @@ def shrink_trained(
             threads=used,
             reduce_range=reduce_range,
             say=say.note,
-            ladder=_ladder(trained, seconds, used, say) if seconds and len(place.splits["validation"]) else None,
+            ladder=_ladder(trained, seconds, used, others or Company(), say)
+            if seconds and len(place.splits["validation"])
+            else None,
             wish=wish or Wish(),
             processor=here.processor,
         )
@@ -168,7 +183,7 @@ def shrink_trained(
     return shrunk
 
 
-def _ladder(trained: Trained, seconds: float, threads: int, say: Progress) -> Any:
+def _ladder(trained: Trained, seconds: float, threads: int, others: Company, say: Progress) -> Any:
     """What makes the ladder of narrower networks, once the pipeline knows what may be lost."""
     from delest.shrinking.ladder import Ladder
 
@@ -193,6 +208,9 @@ def _ladder(trained: Trained, seconds: float, threads: int, say: Progress) -> An
             threads=threads,
             say=say,
             weights_sha256=run.weights_sha256,
+            teacher=others.teacher,
+            student=others.student,
+            known_by=others.known_by,
         )
 
     return ladder
@@ -262,8 +280,13 @@ def load(path: str | Path, factory: Callable[..., Any] | None = None) -> Any:
     refuse(job, schema, "load")
     model = models.build(job, schema)
     architecture = folder / "architecture.json"
-    if architecture.exists() and "tensors" in (changed := read_object(architecture)):
+    changed = read_object(architecture) if architecture.exists() else {}
+    if "tensors" in changed:
         model = rebuild(model, changed)
+    elif "student" in changed and factory is None:
+        raise errors.BadInput(
+            f"{given} is a student of your own: say what builds it, as in delest.load({str(given)!r}, MyStudent)."
+        )
     import torch
 
     model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in read_weights(weights).items()})
