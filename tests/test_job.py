@@ -189,6 +189,8 @@ def test_shares_that_make_one_but_for_rounding():
         ({"metric": max}, "metric is a builtin_function_or_method without name, higher_is_better, rows, init, update, compute"),
         ({"metric": None}, "metric is a NoneType without"),
         ({"model": [1]}, "model is a list, not a factory: give a function that builds it"),
+        ({"model": "net.h5"}, "model is 'net.h5': a model can be a function that builds it, or a file that ends in .keras."),
+        ({"model": Path("no-net.keras")}, "model is 'no-net.keras', which does not exist"),
     ],
 )
 def test_faults_of_a_job(changes, words):
@@ -197,14 +199,15 @@ def test_faults_of_a_job(changes, words):
     assert words in faults[0]
 
 
-def test_a_built_network_is_no_factory(monkeypatch):
+@pytest.mark.parametrize("framework", ["torch", "keras"])
+def test_a_built_network_is_no_factory(monkeypatch, framework):
     class Module:
         def __call__(self): ...
 
-    fake: Any = type(sys)("torch")
+    fake: Any = type(sys)(framework)
     fake.nn = type(sys)("torch.nn")
-    fake.nn.Module = Module
-    monkeypatch.setitem(sys.modules, "torch", fake)
+    fake.nn.Module = fake.Model = Module
+    monkeypatch.setitem(sys.modules, framework, fake)
     (fault,) = Job(data="x", model=Module()).faults()
     assert "model is a built network: give the function or class that builds it" in fault
     assert Job(data="x", model=Module).faults() == []

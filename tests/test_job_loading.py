@@ -121,6 +121,15 @@ def test_a_file_that_raises_is_named_with_its_line(here, text, words):
     assert words in refuse("a.py")
 
 
+@pytest.mark.parametrize("name", ["keras", "tensorflow", "jax"])
+def test_a_framework_that_an_extra_brings_is_named_with_its_command(here, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    write("a.py", f"import {name}")
+    with pytest.raises(errors.MissingExtra) as caught:
+        jobs.load("a.py")
+    assert str(caught.value) == f"a.py needs {name}, which is not installed: pip install 'delest[keras]'."
+
+
 def test_the_line_is_found_through_a_link(here):
     write("real/a.py", "1 / 0")
     Path("link").symlink_to("real")

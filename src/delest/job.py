@@ -26,6 +26,7 @@ MEMORY_FORMATS = ("auto", "contiguous", "channels_last")
 LOSSES = ("auto", "cross_entropy", "mse", "l1", "huber", "bce")
 AUGMENTATIONS = ("flip", "crop", "erase", "noise", "dropout")
 SPLIT_KINDS = ("role", "group", "time")
+_KERAS = ("keras", "tensorflow", "jax")  # what the extra brings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,7 @@ class Job:
     `predict(model, inputs)` gives what metric and export see where that is not simply the model's output.
     """
 
-    model: Callable[..., Any] | None = None
+    model: Callable[..., Any] | str | Path | None = None  # a factory, or a `.keras` file
     data: Any = None  # path, Source, (inputs, targets), or a mapping of arrays with `target` naming one
     target: str | None = None
     split: Split = Split()
@@ -157,7 +158,9 @@ class Job:
             if getattr(self, name) is not None:
                 found.extend(_count_faults(name.replace("_", " "), getattr(self, name)))
         found.extend(_count_faults("seed", self.seed, least=0))
-        if self.model is not None and not callable(self.model):
+        if isinstance(self.model, (str, Path)):
+            found.extend(_file_faults(Path(self.model)))
+        elif self.model is not None and not callable(self.model):
             found.append(
                 f"model is a {type(self.model).__name__}, not a factory: give a function that builds it "
                 "(`model=MyNet`, not `model=MyNet()`), so that runs start alike and child processes can build it."
@@ -307,9 +310,15 @@ def _count_faults(name: str, value: Any, least: int = 1) -> list[str]:
     return [] if good else [f"{name} is {value!r}; it must be a whole number of at least {least}."]
 
 
+def _file_faults(path: Path) -> list[str]:
+    if path.suffix != ".keras":
+        return [f"model is {str(path)!r}: a model can be a function that builds it, or a file that ends in .keras."]
+    return [] if path.is_file() else [f"model is {str(path)!r}, which does not exist (looked in {Path.cwd()}).{nearby(path)}"]
+
+
 def _is_module(value: object) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.nn.Module)
+    torch, keras = sys.modules.get("torch"), sys.modules.get("keras")
+    return (torch is not None and isinstance(value, torch.nn.Module)) or (keras is not None and isinstance(value, keras.Model))
 
 
 def nearby(path: Path) -> str:
@@ -352,6 +361,10 @@ def _running(path: Path | None, what: str) -> Iterator[None]:
     except errors.DelestError:
         raise
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in _KERAS:
+            raise errors.MissingExtra(
+                f"{what} needs {error.name}, which is not installed: pip install 'delest[keras]'."
+            ) from error
         lines = [
             frame.lineno
             for frame in traceback.extract_tb(error.__traceback__)

@@ -48,6 +48,7 @@ class Backend:
     """Exports a session's module."""
 
     name = "torch"
+    runtime = "PyTorch eager"
 
     def export(self, session, inputs, path):
         export_network(session.module, inputs, path)

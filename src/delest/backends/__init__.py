@@ -69,6 +69,13 @@ class Backend(Protocol):
 
     name: str
 
+    @property
+    def runtime(self) -> str:
+        """What runs a session's network, in words."""
+
+    def versions(self) -> dict[str, str]:
+        """Of what computes, by name."""
+
     def session(self, job: Job, plan: Plan, schema: Schema) -> Session: ...
 
     def export(self, session: Session, inputs: Any, path: Path) -> None:

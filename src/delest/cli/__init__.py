@@ -40,6 +40,9 @@ class Answer:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (`sys.argv` by default) and return its exit status, which `DelestError.exit_status` names."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    os.environ.setdefault(
+        "TF_CPP_MIN_LOG_LEVEL", "2"
+    )  # a Keras job that loads TensorFlow: a dozen lines that nobody can act on
     as_json = "--json" in given[: given.index("--") if "--" in given else None]
     stdout, supervision.restartable = sys.stdout, arguments is None
     before, _Terminated.received = signal.getsignal(signal.SIGTERM), False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+FRAMEWORKS = ("torch", "keras")  # names of the trained network as it is, run by its framework
 RESTLESS = 0.25  # a candidate's `spread` from which on something else computes on the machine
 
 
@@ -25,7 +26,7 @@ class Bound:
 class Candidate:
     """One form of the model, measured."""
 
-    name: str  # "torch", "fp32", "int8", "dynamic", "weights"; of narrower networks "pruned-1", "pruned-1-int8", "fresh", ...
+    name: str  # "torch" or "keras", "fp32", "int8", "dynamic", "weights"; of narrower networks "pruned-1", "pruned-1-int8", "fresh", ...
     runtime: str  # "PyTorch eager", "ONNX Runtime"
     file_bytes: int | None  # of model.onnx; None for torch, whose weights are weights_bytes
     weights_bytes: int  # of the parameters and buffers

@@ -9,7 +9,7 @@ from delest.records.footprint import Footprint
 from delest.records.hardware import Hardware
 from delest.records.plan import Option, Plan
 from delest.records.run import Run
-from delest.records.shrunk import Bound, Candidate, Shrunk
+from delest.records.shrunk import FRAMEWORKS, Bound, Candidate, Shrunk
 from delest.units import format_bytes, format_seconds
 
 STOPPED = {
@@ -163,7 +163,7 @@ def stop_words(run: Run) -> str | None:
 def reference(shrunk: Shrunk) -> Candidate | None:
     """The trained model as it was: the candidate that has no bound, since bounds are against it."""
     plain = [candidate for candidate in shrunk.candidates if candidate.bound is None]
-    return next((candidate for candidate in plain if candidate.name == "torch"), plain[0] if plain else None)
+    return next((candidate for candidate in plain if candidate.name in FRAMEWORKS), plain[0] if plain else None)
 
 
 def shipped(shrunk: Shrunk) -> Candidate | None:
@@ -171,7 +171,7 @@ def shipped(shrunk: Shrunk) -> Candidate | None:
 
 
 def stored_bytes(candidate: Candidate) -> int:
-    """What it takes on disk; for PyTorch its weights."""
+    """What it takes on disk; for the framework its weights."""
     return candidate.weights_bytes if candidate.file_bytes is None else candidate.file_bytes
 
 

@@ -19,7 +19,7 @@ from delest.bundle.model import Model
 from delest.bundle.timing import time_alternating
 from delest.bundle.write import replace_folder, write_bundle
 from delest.data import Feed
-from delest.records.shrunk import RESTLESS, Candidate, Shrunk, Stage
+from delest.records.shrunk import FRAMEWORKS, RESTLESS, Candidate, Shrunk, Stage
 from delest.shrinking.acceptance import Wish, best_of, judge
 from delest.shrinking.confidence import bound_drop
 from delest.shrinking.forms import Form, Work, export, quantize, take
@@ -103,7 +103,7 @@ def shrink_run(
                 continue
             forms |= quantize(work, network)
         here: dict[str, Any] = {"threads": threads, "processor": processor, "delest": __version__}
-        candidates = _measure(work, forms, reference, batch_sizes, partial(journal.follow, "timed", **here))
+        candidates = _measure(work, backend, forms, reference, batch_sizes, partial(journal.follow, "timed", **here))
         shrunk, missed = _ship(
             work, forms, candidates, wish or Wish(), folder / "shrunk", tuple(climbed.stages) if climbed is not None else ()
         )
@@ -121,6 +121,7 @@ def shrink_run(
 
 def _measure(
     work: Work,
+    backend: Backend,
     forms: Mapping[str, Form],
     reference: Evaluation,
     batch_sizes: Sequence[int],
@@ -132,9 +133,11 @@ def _measure(
     with work.stage("evaluating", f"judging on {len(work.judging):,} rows"):
         evaluations = {name: evaluate(model, work.judging, work.metric) for name, model in models.items()}
     with work.stage("timing", "measuring the time of an answer"):
-        names = ["torch", *models]
+        names = [backend.name, *models]
         timings = {
-            size: follow(f"batch {size}", lambda size=size: {"seconds": _time(work, models, size)}, forms=names)["seconds"]
+            size: follow(f"batch {size}", lambda size=size: {"seconds": _time(work, backend.name, models, size)}, forms=names)[
+                "seconds"
+            ]
             for size in batch_sizes
         }
 
@@ -145,14 +148,14 @@ def _measure(
         }
 
     candidates = {
-        "torch": Candidate(
-            name="torch",
-            runtime="PyTorch eager",
+        backend.name: Candidate(
+            name=backend.name,
+            runtime=backend.runtime,
             file_bytes=None,
             weights_bytes=sum(array.nbytes for array in work.session.weights().values()),
             selection=_finite(reference.metrics(work.metric)),
             why="the trained model",
-            **latencies("torch"),
+            **latencies(backend.name),
         )
     }
     for name, form in forms.items():
@@ -167,7 +170,7 @@ def _measure(
             selection=_finite(evaluations[name].metrics(work.metric)),
             bound=None if work.judging is work.feeds["train"] else bound_drop(work.metric, reference, evaluations[name]),
             parity=largest_difference(form.network.session, form.model, work.judging),
-            why="answers like the trained model, without PyTorch",
+            why=f"answers like the trained model, without {backend.runtime.split()[0]}",
             parameters=form.network.parameters,
             **latencies(name),
         )
@@ -188,9 +191,11 @@ def _ship(
 ) -> tuple[Shrunk, str | None]:
     """Build what will be moved to `place`, and judge it on the test rows, which decided nothing; what of the wish is not met."""
     plain = candidates["fp32"]
-    ships, fast, small, missed = best_of([one for name, one in candidates.items() if one.kept and name != "torch"], plain, wish)
+    ships, fast, small, missed = best_of(
+        [one for name, one in candidates.items() if one.kept and name not in FRAMEWORKS], plain, wish
+    )
     for candidate in candidates.values():
-        if candidate.name not in ("torch", "fp32"):
+        if candidate.name not in (*FRAMEWORKS, "fp32"):
             verdict = "ships" if candidate is ships else "may ship" if candidate.kept else "is rejected"
             work.say(f"{candidate.name} {verdict}: {candidate.why}")
     form = forms[ships.name]
@@ -240,7 +245,7 @@ def _describe(folder: Path, name: str, form: Form) -> None:
     storage.write_json(folder / "architecture.json", changed)
 
 
-def _time(work: Work, models: Mapping[str, Model], size: int) -> dict[str, tuple[float, float, float]]:
+def _time(work: Work, framework: str, models: Mapping[str, Model], size: int) -> dict[str, tuple[float, float, float]]:
     """Median and quartiles of one call on `size` rows, all forms taking turns.
 
     The trained model gets its rows preprocessed, the others raw, and nothing but its answer is timed: what is left of the
@@ -250,7 +255,7 @@ def _time(work: Work, models: Mapping[str, Model], size: int) -> dict[str, tuple
     raw = take(next(iter(work.judging.raw())).inputs, size)
     calls: dict[str, Callable[[], object]] = {name: partial(model.predict, raw) for name, model in models.items()}
     with work.session.answering() as answer:
-        return time_alternating({"torch": partial(answer, prepared), **calls})
+        return time_alternating({framework: partial(answer, prepared), **calls})
 
 
 def _weights_bytes(network: Path) -> int:

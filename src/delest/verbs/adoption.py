@@ -47,7 +47,7 @@ def adopt(job: jobs.Job, weights: str | Path | None, *, out: str | Path | None, 
     place.preprocessing = unscaled(place.preprocessing)
     given = None if weights is None else read_weights(Path(weights))
     plan = plan_workplace(place, memory=None, device=None, threads=threads, say=say, startable=False)
-    session = backend(job).session(place.job, plan, place.source.schema)
+    session = backend(job, place.source.schema).session(place.job, plan, place.source.schema)
     if given is not None:
         session.load_weights(given)
     folder = start_folder(folder, place, plan, session, Settings(threads=threads, out=out, init_from=weights))

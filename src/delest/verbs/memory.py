@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delest import errors, job as jobs, malloc, processes
+from delest.verbs.keras_jobs import refuse
 from delest.verbs.workplace import Workplace, check_batch, check_device, open_workplace, preprocessing_json
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ def measure(
     if faults:
         raise errors.BadInput(faults)
     place = open_workplace(jobs.load(job_or_bundle), say)
+    refuse(place.job, place.source.schema, "measure")
     check_batch(place)
     if variables and place.job.origin is None:
         raise errors.BadInput(
@@ -220,6 +222,7 @@ def _sweep_job(
     if batch_sizes:
         loaded = replace(loaded, batch_size=max(batch_sizes), set_by={**loaded.set_by, "batch_size": "argument"})
     place = open_workplace(loaded, say)
+    refuse(place.job, place.source.schema, "estimate")
     from delest.backends.torch.loops import JobLoop
     from delest.footprint.estimate import choose_target, estimate_loop
     from delest.records.plan import Plan

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from delest import errors, job as jobs, malloc, processes, supervision, units
 from delest.verbs import kept_plans
+from delest.verbs.keras_jobs import is_keras, plan_keras, refuse
 from delest.verbs.workplace import Workplace, backend, check_batch, check_device, given_plan, open_workplace, preprocessing_json
 
 if TYPE_CHECKING:
@@ -82,7 +83,9 @@ def plan(
         from delest.verbs.devices import compare, offers_of
 
         offers, seconds = offers_of(devices, prices, memory), None if time is None else units.read_seconds(time)
-        return compare(open_workplace(jobs.load(job), say), offers, seconds=seconds, exact=exact, say=say)
+        place = open_workplace(jobs.load(job), say)
+        refuse(place.job, place.source.schema, "plan --devices")
+        return compare(place, offers, seconds=seconds, exact=exact, say=say)
     if time is not None or prices:
         raise errors.BadInput("--time and --price are for comparing devices: name some with --devices, as in t4,l4,a100-80.")
     place = open_workplace(jobs.load(job), say)
@@ -117,6 +120,8 @@ def plan_workplace(
     from delest.planning.request import Request
 
     check_batch(place)
+    if is_keras(place.job, place.source.schema):
+        return plan_keras(place, memory=memory, device=device, threads=threads, exact=exact, probe=probe_few)
     check_device(device)
     started = time.monotonic()
     here = machine.describe()
@@ -319,7 +324,7 @@ def choose_on_traces(job: Any, *, preprocessing: dict[str, Any], index: list[int
 
 def _examine(place: Workplace, *, threads: int, device: str, fewer_threads: bool) -> Any:
     # Loading the framework takes seconds; this process needs it too, and does it while the child works.
-    warming = threading.Thread(target=lambda: backend(place.job).warm(), daemon=True)
+    warming = threading.Thread(target=lambda: backend(place.job, place.source.schema).warm(), daemon=True)
     if place.job.origin is not None:
         warming.start()
     rows = min(len(place.splits["train"]), max(2, place.job.batch_size // 2, min(64, place.job.batch_size)))

@@ -27,7 +27,7 @@ def train_preview(place: Workplace, plan: Plan, share: float, say: Progress) -> 
     job = replace(place.job, recipe=replace(place.job.recipe, epochs=epochs), batch_size=min(place.job.batch_size, len(rows)))
     small = replace(place, job=job)
     say.stage(f"preview: {len(rows):,} of {full:,} training rows, {epochs} epochs")
-    session = backend(job).session(job, plan, place.source.schema)
+    session = backend(job, place.source.schema).session(job, plan, place.source.schema)
     trainer = build_trainer(small, session, Path(), say, rows=rows, saving=False)
     trainer.limits = replace(trainer.limits, memory_bytes=guarded_bytes(plan))
     machine.reset_peak()

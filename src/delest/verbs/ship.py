@@ -12,6 +12,7 @@ from delest import errors, job as jobs, runs, storage, units
 from delest.records.form import read_json
 from delest.records.run import Run
 from delest.records.shrunk import Shrunk
+from delest.verbs.keras_jobs import is_keras, refuse
 from delest.verbs.teaching import Company, company
 from delest.verbs.training import Trained, read_weights, restore
 from delest.verbs.workplace import backend
@@ -63,7 +64,12 @@ def shrink(
     )
     trained = _trained(run, data, weights, out, threads, say)
     folder, epoch = trained.run.path, _epoch_seconds(trained)
-    if time is None:
+    if is_keras(trained.place.job, trained.place.source.schema):
+        if time not in (None, 0, "0"):
+            refuse(trained.place.job, trained.place.source.schema, f"--time {time} (narrower networks)")
+        say.note("a Keras network is quantised and not made narrower yet.")
+        seconds = 0.0
+    elif time is None:
         seconds = trained.run.seconds.get("training", 0.0) or EPOCHS * epoch
     else:
         seconds = 0.0 if time in (0, "0") else units.read_seconds(time)
@@ -151,7 +157,7 @@ def shrink_trained(
         shrunk = shrink_run(
             folder=run.path,
             session=trained.session,
-            backend=backend(place.job),
+            backend=backend(place.job, place.source.schema),
             feeds={role: place.feed(role) for role in place.splits},
             preprocessing=place.preprocessing,
             metric=place.metric,
@@ -190,7 +196,7 @@ def _ladder(trained: Trained, seconds: float, threads: int, others: Company, say
         return Ladder(
             journal=journal,
             trained=network,
-            backend=backend(place.job),
+            backend=backend(place.job, place.source.schema),
             job=place.job,
             plan=plan,
             feeds={role: place.feed(role, augmented=role == "train") for role in place.splits},
@@ -271,6 +277,7 @@ def load(path: str | Path, factory: Callable[..., Any] | None = None) -> Any:
                 f"{given} belongs to no run: say what builds the network, as in delest.load({str(given)!r}, MyNet)."
             )
         job = runs.job_of(run, None)
+    refuse(job, schema, "load")
     model = models.build(job, schema)
     architecture = folder / "architecture.json"
     changed = read_object(architecture) if architecture.exists() else {}

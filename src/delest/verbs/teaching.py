@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delest import errors, job as jobs, runs
-from delest.verbs.adoption import job_around
+from delest.verbs.keras_jobs import refuse
 from delest.verbs.training import Trained, digest, restore
 from delest.verbs.workplace import backend
 
@@ -38,28 +38,34 @@ def company(
     Raises `BadInput` where either does not fit the trained network's data.
     """
     known: dict[str, str] = {}
-    session, factory = None, None
+    if teacher is not None or student is not None:
+        refuse(trained.place.job, trained.place.source.schema, "a teacher or a student")
+    session: Any = None
+    factory: Any = None
     if teacher is not None:
         session = _teacher(trained, teacher, say)
         known["teacher"] = digest(session.weights())
     if student is not None:
         factory = student if callable(student) else jobs.load(student).model
-        if factory is None:
+        if not callable(factory):
             raise errors.BadInput(f"the student {student} names no model: give a job that has one, or what builds the network.")
         known["student"] = _checked(trained, factory)
     return Company(teacher=session, student=factory, known_by=known)
 
 
 def _teacher(trained: Trained, teacher: Any, say: Progress) -> Any:
+    from delest.verbs.adoption import job_around
+
     place = trained.place
     if not isinstance(teacher, (str, Path)) and not hasattr(teacher, "path"):
         job = job_around(teacher, place.job)
         assert trained.run.plan is not None
-        return backend(job).session(job, trained.run.plan, place.source.schema)
+        return backend(job, place.source.schema).session(job, trained.run.plan, place.source.schema)
     folder = runs.find(teacher)
     if runs.read(folder).status != "done":
         raise errors.BadInput(f"the teacher {folder} is {runs.read(folder).status}, not done.")
     found = restore(folder, say)
+    refuse(found.place.job, found.place.source.schema, "teaching")
     if found.place.preprocessing != place.preprocessing:
         raise errors.BadInput(
             f"the teacher {folder} was trained on data that are prepared otherwise (other columns, classes or scales): "
@@ -80,5 +86,5 @@ def _checked(trained: Trained, factory: Callable[..., Any]) -> str:
     if faults := check(job, place.source.schema, two, more):
         raise errors.BadInput([f"the student: {fault}" for fault in faults])
     assert trained.run.plan is not None
-    weights = backend(job).session(job, trained.run.plan, place.source.schema).weights()
+    weights = backend(job, place.source.schema).session(job, trained.run.plan, place.source.schema).weights()
     return ", ".join(f"{name} {list(array.shape)}" for name, array in weights.items())

@@ -167,7 +167,7 @@ def _train_as_planned(place: Workplace, plan: Plan, folder: Path, settings: Sett
 
 def _session(place: Workplace, plan: Plan) -> Any:
     with limit.reported("the model and its optimizer were built"):
-        return backend(place.job).session(place.job, plan, place.source.schema)
+        return backend(place.job, place.source.schema).session(place.job, plan, place.source.schema)
 
 
 def _as_begun(folder: Path, settings: Settings) -> Settings:
@@ -193,7 +193,7 @@ def restore(folder: Path, say: Progress, given: jobs.Job | None = None) -> Train
     job = runs.job_of(folder, given)
     place = open_workplace(job, say, folder)
     check_same_data(folder, place)
-    session = backend(job).session(job, read_json(Plan, folder / "plan.json"), place.source.schema)
+    session = backend(job, place.source.schema).session(job, read_json(Plan, folder / "plan.json"), place.source.schema)
     session.load_weights(read_weights(folder / "best.safetensors"))
     return Trained(run, place, session)
 
@@ -265,7 +265,6 @@ def began(folder: Path, place: Workplace, plan: Plan, session: Any, preview: dic
     import platform
 
     import numpy
-    import torch
 
     before = runs.read(folder)
     run = Run(
@@ -284,7 +283,7 @@ def began(folder: Path, place: Workplace, plan: Plan, session: Any, preview: dic
         versions={
             "delest": __version__,
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            **backend(place.job, place.source.schema).versions(),
             "numpy": numpy.__version__,
         },
     )

@@ -188,7 +188,7 @@ def train_briefly(
     from delest.training.progress import Progress
 
     place = _small_workplace(job, preprocessing)
-    session = backend(place.job).session(place.job, from_json(Plan, plan), place.source.schema)
+    session = backend(place.job, place.source.schema).session(place.job, from_json(Plan, plan), place.source.schema)
     trainer = build_trainer(place, session, Path(folder), Progress())
     trainer.limits = Limits(checkpoint_seconds=0.0)
     resumed_from = trainer.position.step if resume and trainer.resume() else None

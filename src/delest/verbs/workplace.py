@@ -13,11 +13,12 @@ from delest import errors, metrics
 from delest.job import Job
 from delest.records.form import read_json, to_json
 from delest.records.plan import Plan
+from delest.verbs.keras_jobs import is_keras
 
 if TYPE_CHECKING:
     from delest.records.batch import Inputs
     from delest.records.run import Summary
-    from delest.records.source import Target
+    from delest.records.source import Schema, Target
     from delest.training.loop import Trainer
     from delest.training.progress import Progress
 
@@ -242,8 +243,12 @@ def preprocessing_json(place: Workplace) -> dict[str, Any]:
     return to_json(place.preprocessing)
 
 
-def backend(job: Job) -> Any:
-    """The framework behind a job; so far always PyTorch."""
+def backend(job: Job, schema: Schema) -> Any:
+    """The framework behind a job: Keras where its model is Keras's, else PyTorch."""
+    if is_keras(job, schema):
+        from delest.frameworks.keras import KerasBackend
+
+        return KerasBackend()
     from delest.backends.torch import TorchBackend
 
     return TorchBackend()

@@ -26,6 +26,10 @@ class TorchBackend:
     """The PyTorch backend."""
 
     name = "torch"
+    runtime = "PyTorch eager"
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": torch.__version__}
 
     def warm(self) -> None:
         """Load what a first step loads, so that readings of memory start after it."""

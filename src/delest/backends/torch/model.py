@@ -18,12 +18,17 @@ def build(job: Job, schema: Schema) -> nn.Module:
     """The model of a job; weights that its factory loads are kept. Raises `BadInput` where the factory raises, and for layers without a shape."""
     if job.model is None:
         return starters.choose(schema)
+    assert callable(job.model), "a file is never torch's"
     try:
         model = job.model(schema) if takes_schema(job.model) else job.model()
     except errors.DelestError:
         raise
     except Exception as error:
         raise errors.BadInput(f"building the model failed: {where(error)}") from error
+    if any(kind.__module__.partition(".")[0] == "keras" for kind in type(model).__mro__):  # on torch, also an nn.Module
+        raise errors.BadInput(
+            "the model factory gave a Keras model, and Keras was not loaded before: import keras at the top of the job's file."
+        )
     if not isinstance(model, nn.Module):
         raise errors.BadInput(f"the model factory gave a {type(model).__name__}, not a torch.nn.Module.")
     lazy = [f"{name} ({type(part).__name__})" for name, part in model.named_modules() if _is_shapeless(part)]

@@ -1,0 +1,202 @@
+"""Gradients, updates and answers on each framework under Keras: the only part of a session that differs between them.
+
+TensorFlow and JAX compile each of the three once for each shape of a batch; torch runs them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import keras
+from keras import ops
+
+from delest import errors
+
+
+class Engine(Protocol):
+    """One model with its optimizer. Inputs, targets and gradients are the framework's tensors."""
+
+    in_place: bool  # values of variables change in place, and an update that fails may leave some of them changed
+
+    def gradient(self, inputs: Any, targets: Any, share: float) -> tuple[Any, list[Any]]:
+        """`share` of the mean loss of a micro-batch (penalties of layers included), and its gradient for each trainable variable.
+        Statistics and seeds inside the model go on."""
+
+    def update(self, gradients: list[Any]) -> Any:
+        """One step of the optimizer; gives the norm of the gradient before clipping, None where nothing is clipped."""
+
+    def answer(self, inputs: Any) -> Any:
+        """Outputs in evaluation mode, without gradient."""
+
+
+def choose(model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None) -> Engine:
+    """The engine of the framework that Keras was loaded with."""
+    name = keras.backend.backend()
+    engines: dict[str, type[Any]] = {"tensorflow": _TensorFlow, "jax": _Jax, "torch": _Torch}
+    if name not in engines:
+        raise errors.BadInput(
+            f"Keras computes with {name} (KERAS_BACKEND), which cannot train: set it to {', '.join(engines)}."
+        )
+    engine: Engine = engines[name](model, optimizer, mean, clip)
+    return engine
+
+
+def set_threads(count: int) -> None:
+    """Let the framework compute with so many threads. Raises `BadInput` where it takes no number, or has started with another."""
+    name = keras.backend.backend()
+    if name == "torch":
+        import torch
+
+        torch.set_num_threads(count)
+    elif name == "tensorflow":
+        import tensorflow as tf
+
+        if tf.config.threading.get_intra_op_parallelism_threads() != count:
+            try:
+                tf.config.threading.set_intra_op_parallelism_threads(count)
+            except RuntimeError as error:
+                raise errors.BadInput(
+                    f"TensorFlow had started before it could be told to use {count} threads: build the model inside its factory, not "
+                    f"where the job's file is loaded, or set TF_NUM_INTRAOP_THREADS={count} in place of --threads."
+                ) from error
+    else:
+        raise errors.BadInput(
+            f"--threads {count}: JAX takes the cores that its process may use: leave it out, or start with `taskset -c 0-{count - 1}`."
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a framework says that an allocation failed; each has words of its own."""
+    text = str(error)
+    return isinstance(error, MemoryError) or any(
+        words in text for words in ("RESOURCE_EXHAUSTED", "OOM when allocating", "can't allocate memory", "out of memory")
+    )
+
+
+def _clipped(gradients: list[Any], clip: float | None) -> tuple[list[Any], Any]:
+    """Gradients scaled so that the norm of all together is at most `clip`, and that norm before."""
+    if clip is None:
+        return gradients, None
+    norm = ops.sqrt(sum(ops.sum(ops.square(ops.cast(gradient, "float32"))) for gradient in gradients))
+    scale = ops.minimum(1.0, clip / (norm + 1e-6))
+    return [gradient * ops.cast(scale, gradient.dtype) for gradient in gradients], norm
+
+
+class _TensorFlow:
+    in_place = True
+
+    def __init__(self, model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None):
+        import tensorflow as tf
+
+        variables, mean = model.trainable_variables, tf.autograph.experimental.do_not_convert(mean)
+
+        @tf.function(reduce_retracing=True)
+        def gradient(inputs: Any, targets: Any, share: Any) -> Any:
+            with tf.GradientTape() as tape:
+                loss = (mean(model(inputs, training=True), targets) + _penalties(model.losses)) * share
+            values = [variable.value for variable in variables]
+            found = tape.gradient(loss, values, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+            return loss, [tf.convert_to_tensor(one) for one in found]  # those of embeddings hold single rows
+
+        @tf.function
+        def update(gradients: Any) -> Any:
+            gradients, norm = _clipped(gradients, clip)
+            optimizer.apply(gradients, variables)
+            return norm
+
+        self._gradient, self.update = gradient, update
+        self.answer = tf.function(lambda inputs: model(inputs, training=False), reduce_retracing=True)
+        self._share = lambda share: tf.constant(share, tf.float32)
+
+    def gradient(self, inputs: Any, targets: Any, share: float) -> tuple[Any, list[Any]]:
+        loss, gradients = self._gradient(inputs, targets, self._share(share))
+        return loss, list(gradients)
+
+
+class _Jax:
+    in_place = False  # new values are assigned when all of them are there
+
+    def __init__(self, model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None):
+        import jax
+
+        self.model, self.optimizer = model, optimizer
+        trainable, others = model.trainable_variables, model.non_trainable_variables
+
+        # `model.stateless_call` goes past `__call__`: a model whose `call` takes no `training` would then train without dropout.
+        def loss_of(trained: Any, rest: Any, inputs: Any, targets: Any, share: Any) -> Any:
+            with keras.StatelessScope(zip([*trainable, *others], [*trained, *rest], strict=True), collect_losses=True) as scope:
+                outputs = model(inputs, training=True)
+                loss = (mean(outputs, targets) + _penalties(model.losses)) * share
+            return loss, [scope.get_current_value(variable) for variable in others]
+
+        def answered(trained: Any, rest: Any, inputs: Any) -> Any:
+            with keras.StatelessScope(zip([*trainable, *others], [*trained, *rest], strict=True)):
+                return model(inputs, training=False)
+
+        def updated(gradients: Any, trained: Any, state: Any) -> Any:
+            gradients, norm = _clipped(gradients, clip)
+            return *optimizer.stateless_apply(state, gradients, trained), norm
+
+        self._gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+        self._update = jax.jit(updated)
+        self._answer = jax.jit(answered)
+
+    def gradient(self, inputs: Any, targets: Any, share: float) -> tuple[Any, list[Any]]:
+        rest = self.model.non_trainable_variables
+        (loss, changed), gradients = self._gradient(
+            _values(self.model.trainable_variables), _values(rest), inputs, targets, share
+        )
+        _assign(rest, changed)
+        return loss, list(gradients)
+
+    def update(self, gradients: list[Any]) -> Any:
+        trained, state = self.model.trainable_variables, self.optimizer.variables
+        new, new_state, norm = self._update(gradients, _values(trained), _values(state))
+        _assign(trained, new)
+        _assign(state, new_state)
+        return norm
+
+    def answer(self, inputs: Any) -> Any:
+        return self._answer(_values(self.model.trainable_variables), _values(self.model.non_trainable_variables), inputs)
+
+
+class _Torch:
+    in_place = True
+
+    def __init__(self, model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None):
+        self.model, self.optimizer, self.mean, self.clip = model, optimizer, mean, clip
+
+    def gradient(self, inputs: Any, targets: Any, share: float) -> tuple[Any, list[Any]]:
+        import torch
+
+        loss = (self.mean(self.model(inputs, training=True), targets) + _penalties(self.model.losses)) * share
+        values = _values(self.model.trainable_variables)
+        return loss.detach(), list(torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True))
+
+    def update(self, gradients: list[Any]) -> Any:
+        import torch
+
+        with torch.no_grad():
+            gradients, norm = _clipped(gradients, self.clip)
+            self.optimizer.apply(gradients, self.model.trainable_variables)
+        return norm
+
+    def answer(self, inputs: Any) -> Any:
+        import torch
+
+        with torch.no_grad():
+            return self.model(inputs, training=False)
+
+
+def _penalties(losses: list[Any]) -> Any:
+    return sum(ops.cast(ops.sum(loss), "float32") for loss in losses) if losses else 0.0
+
+
+def _values(variables: list[Any]) -> list[Any]:
+    return [variable.value for variable in variables]
+
+
+def _assign(variables: list[Any], values: list[Any]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
