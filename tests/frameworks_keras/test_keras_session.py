@@ -395,10 +395,17 @@ def ending_in(activation: str | None = None, units: int = 3) -> Any:
     return lambda: keras.Sequential([keras.Input((6,)), keras.layers.Dense(units, activation=activation)])
 
 
+def by_operation() -> keras.Model:
+    inputs = keras.Input((6,))
+    return keras.Model(inputs, keras.ops.softmax(keras.layers.Dense(3)(inputs)))
+
+
 @pytest.mark.parametrize(
     ("model", "changes", "words"),
     [
         (ending_in("softmax"), {}, "ends in a softmax"),
+        (lambda: keras.Sequential([keras.Input((6,)), ending_in("softmax")()]), {}, "ends in a softmax"),
+        (by_operation, {}, "ends in a softmax"),
         (ending_in(units=4), {}, r"gives \(4,\) values a row; there are 3 classes"),
         (lambda: keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)]), {}, r"does not take its inputs \(\[2, 6\]\)"),
         (lambda: 1 / 0, {}, "building the model failed: ZeroDivisionError"),

@@ -67,5 +67,5 @@ def test_a_keras_file_without_keras_names_the_extra(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_keras_model_that_was_taken_for_torchs_is_refused():
-    with pytest.raises(errors.BadInput, match="import keras at the top of the job's file"):
+    with pytest.raises(errors.BadInput, match="imports keras at its top"):
         models.build(job(OnTorch), SCHEMA)

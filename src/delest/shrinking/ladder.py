@@ -286,9 +286,9 @@ class Ladder:
     def _try_both(self, architecture: Mapping[str, Any], cut: Path, seconds: float) -> bool:
         """Whether the trained network teaches as well as targets alone do: False where it is surely worse on the validation rows."""
         found = {}
-        for word, teacher in (("the trained network", self._teacher), ("targets alone", None)):
+        for word, teacher in (("a teacher", self._teacher), ("targets alone", None)):
             self._stop()
-            self.say.stage(f"shrink: trying what a narrower network learns from {word} in {seconds:.0f} s")
+            self.say.stage(f"shrink: trying what a narrower network learns from {word} in {seconds:.1f} s")
             session = self._session(architecture, teacher)
             session.load_weights(Arrays(cut))
             try:
@@ -299,9 +299,7 @@ class Ladder:
         bound = bound_drop(self.metric, *found.values())
         scores = ", ".join(f"{word} {one.score:.4g}" for word, one in found.items())
         taught = bound is None or bound.upper >= 0
-        self.say.note(
-            f"{'the trained network teaches' if taught else 'targets alone teach better'}: {self.metric.name} by {scores}"
-        )
+        self.say.note(f"{'the teacher is taken' if taught else 'targets alone teach better'}: {self.metric.name} by {scores}")
         return taught
 
     def _train(self, name: str, session: Any, seconds: float, *, ended: bool) -> float:

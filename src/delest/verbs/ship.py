@@ -73,6 +73,10 @@ def shrink(
         seconds = trained.run.seconds.get("training", 0.0) or EPOCHS * epoch
     else:
         seconds = 0.0 if time in (0, "0") else units.read_seconds(time)
+    if (teacher is not None or student is not None) and not (seconds and len(trained.place.splits["validation"])):
+        raise errors.BadInput(
+            "a teacher and a student take time and validation rows: leave out --time 0, or --teacher and --student."
+        )
     try:
         others = company(trained, teacher, student, say)
         shrunk = shrink_trained(trained, max_drop=max_drop, threads=threads, say=say, seconds=seconds, wish=wish, others=others)
@@ -269,6 +273,10 @@ def load(path: str | Path, factory: Callable[..., Any] | None = None) -> Any:
         raise errors.BadInput(f"{given} holds no weights: give a run that was trained, or its bundle/ or shrunk/ folder.")
     schema = from_json(Preprocessing, preprocessing).schema
     if factory is not None:
+        if not callable(factory):
+            raise errors.BadInput(
+                f"a {type(factory).__name__} builds no network: give a factory, as in delest.load({str(given)!r}, MyNet)."
+            )
         job = jobs.Job(model=factory, data="")
     else:
         run = next((one for one in (given, *given.resolve().parents[:2]) if (one / "job.json").exists()), None)

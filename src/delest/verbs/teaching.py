@@ -49,42 +49,59 @@ def company(
         factory = student if callable(student) else jobs.load(student).model
         if not callable(factory):
             raise errors.BadInput(f"the student {student} names no model: give a job that has one, or what builds the network.")
-        known["student"] = _checked(trained, factory)
+        begun = _checked(trained, factory, "student")
+        known["student"] = _identity(begun, trained.place.first_inputs(2))
     return Company(teacher=session, student=factory, known_by=known)
 
 
 def _teacher(trained: Trained, teacher: Any, say: Progress) -> Any:
+    import numpy as np
+
     from delest.verbs.adoption import job_around
 
     place = trained.place
     if not isinstance(teacher, (str, Path)) and not hasattr(teacher, "path"):
-        job = job_around(teacher, place.job)
-        assert trained.run.plan is not None
-        return backend(job, place.source.schema).session(job, trained.run.plan, place.source.schema)
+        return _checked(trained, job_around(teacher, place.job).model, "teacher")
     folder = runs.find(teacher)
-    if runs.read(folder).status != "done":
-        raise errors.BadInput(f"the teacher {folder} is {runs.read(folder).status}, not done.")
+    status = runs.read(folder).status
+    if status != "done":
+        raise errors.BadInput(
+            f"the teacher {folder} is {status}, not done: finish it with `delest train --out {folder} --resume`."
+        )
     found = restore(folder, say)
     refuse(found.place.job, found.place.source.schema, "teaching")
     if found.place.preprocessing != place.preprocessing:
         raise errors.BadInput(
-            f"the teacher {folder} was trained on data that are prepared otherwise (other columns, classes or scales): "
-            "it must have learnt from the same data and split as the network that is made smaller."
+            f"the teacher {folder} was trained on data that are prepared otherwise (other columns, classes or scales; a network that came with "
+            "--weights receives values as they are stored): it must have learnt from the same data and split as the network that is made smaller."
+        )
+    ours, theirs = place.splits, found.place.splits
+    same = ours.keys() == theirs.keys() and all(np.array_equal(ours[role], theirs[role]) for role in ours)
+    if not same or found.place.source.fingerprint != place.source.fingerprint:
+        raise errors.BadInput(
+            f"the teacher {folder} was trained on other data or another split (another --seed?): it knows rows by which the narrower networks are judged."
         )
     return found.session
 
 
-def _checked(trained: Trained, factory: Callable[..., Any]) -> str:
-    """The student's layers in words. Raises `BadInput` where it does not build, run or give such answers."""
+def _checked(trained: Trained, factory: Any, who: str) -> Any:
+    """A session with the network of a factory. Raises `BadInput` where it does not build, run or give such answers."""
     from delest.backends.torch.check import check
 
-    place = trained.place
-    feed = place.feed("train", place.splits["train"][:32])
-    more = next(feed.ordered())
-    two = next(place.feed("train", place.splits["train"][:2]).ordered())
+    place, plan = trained.place, trained.run.plan
+    assert plan is not None
+    few, more = (next(place.feed("train", place.splits["train"][:rows]).ordered()) for rows in (2, 32))
     job = replace(place.job, model=factory)
-    if faults := check(job, place.source.schema, two, more):
-        raise errors.BadInput([f"the student: {fault}" for fault in faults])
-    assert trained.run.plan is not None
-    weights = backend(job, place.source.schema).session(job, trained.run.plan, place.source.schema).weights()
-    return ", ".join(f"{name} {list(array.shape)}" for name, array in weights.items())
+    if faults := check(job, place.source.schema, few, more):
+        raise errors.BadInput([f"the {who}: {fault}" for fault in faults])
+    return backend(job, place.source.schema).session(job, plan, place.source.schema)
+
+
+def _identity(session: Any, inputs: Any) -> str:
+    """What a network is: its weights, its layers in words, and what it answers."""
+    import numpy as np
+
+    answers = session.predict(inputs)
+    arrays = {"answers": answers} if isinstance(answers, np.ndarray) else {}
+    layers = np.frombuffer(repr(session.model).encode(), np.uint8)
+    return digest({**session.weights(), **arrays, "layers": layers})

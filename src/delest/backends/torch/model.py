@@ -27,7 +27,8 @@ def build(job: Job, schema: Schema) -> nn.Module:
         raise errors.BadInput(f"building the model failed: {where(error)}") from error
     if any(kind.__module__.partition(".")[0] == "keras" for kind in type(model).__mro__):  # on torch, also an nn.Module
         raise errors.BadInput(
-            "the model factory gave a Keras model, and Keras was not loaded before: import keras at the top of the job's file."
+            f"the model factory gave a {type(model).__name__} of Keras where a torch module was expected: a Keras job's file imports keras at its top, "
+            "and its factory gives a keras.Model."
         )
     if not isinstance(model, nn.Module):
         raise errors.BadInput(f"the model factory gave a {type(model).__name__}, not a torch.nn.Module.")

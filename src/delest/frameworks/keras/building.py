@@ -117,6 +117,8 @@ def _check_outputs(model: keras.Model, outputs: Any, job: Job, schema: Schema) -
         return
     last = model.layers[-1] if model.layers else None
     activation = getattr(getattr(last, "activation", None), "__name__", type(last).__name__.lower())
+    if activation not in ("softmax", "sigmoid") and _are_shares(outputs):
+        activation = "softmax"  # in a layer inside another, or an operation
     if activation in ("softmax", "sigmoid"):
         raise errors.BadInput(
             f"the model ends in a {activation}, and the loss and the exported bundle apply one themselves: leave it out of the last layer "
@@ -127,6 +129,12 @@ def _check_outputs(model: keras.Model, outputs: Any, job: Job, schema: Schema) -
         raise errors.BadInput(
             f"the model gives {tuple(outputs.shape[1:])} values a row; there are {schema.outputs} classes: give the last layer as many units."
         )
+
+
+def _are_shares(outputs: Any) -> bool:
+    """Whether each row of [B, K] is a distribution over classes."""
+    values = keras.ops.convert_to_numpy(keras.ops.cast(outputs, "float32"))
+    return values.ndim == 2 and values.shape[1] > 1 and bool((values >= 0).all()) and np.allclose(values.sum(1), 1, atol=1e-4)
 
 
 # What a model receives
