@@ -1,5 +1,5 @@
 """Narrower networks, rung by rung: units are cut from the last network that kept the accuracy, what is left learns from the trained one, and is kept or
-taken back; then the honest rival, a network of the last rung's widths that never was larger, gets as much time as all rungs took.
+taken back; then the honest rival, a network of the last rung's widths that never was larger, gets as much time as the rungs took that were kept.
 
 Everything lies in the run's folder `shrinking/`, one folder a rung, beside the journal of decisions: who begins again goes on where a process was
 killed, and who has the journal alone comes to the same networks.
@@ -128,7 +128,8 @@ class Ladder:
         """Whether a rung of so many seconds is worth beginning."""
         least = LEAST_EPOCHS * self.epoch_seconds * DISTILLING
         if seconds < least and number == 1:
-            enough = least / OF_TIME / OF_RUNG + 1
+            others = 1 - OF_RUNG if self.student is not None else 1.0  # which learns first
+            enough = least / OF_TIME / OF_RUNG / others + 1
             self.say.note(f"the time is too short to teach a narrower network: give --time {enough:.0f}s or more")
         return seconds >= least
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delest import errors, job as jobs, runs
+from delest.records.run import Run
 from delest.verbs.keras_jobs import refuse
 from delest.verbs.training import Trained, digest, restore
 from delest.verbs.workplace import backend
 
 if TYPE_CHECKING:
     from delest.job import Job
-    from delest.records.run import Run
     from delest.training.progress import Progress
 
 
@@ -44,7 +44,7 @@ def company(
     factory: Any = None
     if teacher is not None:
         session = _teacher(trained, teacher, say)
-        known["teacher"] = digest(session.weights())
+        known["teacher"] = _identity(session, trained.place.first_inputs(2))
     if student is not None:
         factory = student if callable(student) else jobs.load(student).model
         if not callable(factory):
@@ -60,7 +60,7 @@ def _teacher(trained: Trained, teacher: Any, say: Progress) -> Any:
     from delest.verbs.adoption import job_around
 
     place = trained.place
-    if not isinstance(teacher, (str, Path)) and not hasattr(teacher, "path"):
+    if not isinstance(teacher, (Run, str, Path)):
         return _checked(trained, job_around(teacher, place.job).model, "teacher")
     folder = runs.find(teacher)
     status = runs.read(folder).status
