@@ -67,6 +67,8 @@ def shrink(
     if is_keras(trained.place.job, trained.place.source.schema):
         if time not in (None, 0, "0"):
             refuse(trained.place.job, trained.place.source.schema, f"--time {time} (narrower networks)")
+        if teacher is not None or student is not None:
+            refuse(trained.place.job, trained.place.source.schema, "a teacher or a student")
         say.note("a Keras network is quantised and not made narrower yet.")
         seconds = 0.0
     elif time is None:
