@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
-from torch import nn
+from torch import Tensor, nn
 
 import delest
 from delest.backends.torch.starters import CausalTransformer, TableMLP
@@ -32,6 +33,24 @@ def wide_table(schema: Any) -> nn.Module:
     return TableMLP(numbers, cardinalities, schema.outputs, hidden=256)
 
 
+class PhotoNet(nn.Module):
+    """Four convolutions and one linear layer: 390,000 parameters, an epoch of 9,000 photographs in seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = ((3, 32, 5, 2), (32, 64, 3, 2), (64, 128, 3, 1), (128, 256, 3, 2))
+        self.body = nn.Sequential(*(self.block(*width) for width in widths))
+        self.head = nn.Linear(256, 10)
+
+    @staticmethod
+    def block(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
+        convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+        return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+
+    def forward(self, photographs: Tensor) -> Tensor:  # [B, 3, 32, 32] -> [B, 10]
+        return self.head(self.body(photographs).mean((2, 3)))
+
+
 def write_photos(folder: Path, given: str | None) -> str:
     """10,000 photographs to train, of which 1,000 say when to stop, 5,000 further ones for selection, all of the test file."""
     assert given is not None
@@ -40,6 +59,14 @@ def write_photos(folder: Path, given: str | None) -> str:
     parts["test"] = pl.read_parquet(Path(given) / "test.parquet")
     for role, rows in parts.items():
         rows.write_parquet(folder / f"{role}.parquet")
+    return str(folder)
+
+
+def write_scenes(folder: Path, given: str | None) -> str:
+    """A fifth of the example's scenes to learn from, so that the size of a network counts; all others to judge by."""
+    for file in Path(load(EXAMPLES / "detect.py").data).glob("*.npy"):
+        rows = np.load(file, mmap_mode="r")
+        np.save(folder / file.name, rows[:800] if file.stem.endswith("_train") else rows)
     return str(folder)
 
 
@@ -66,17 +93,17 @@ def small_gpt(schema: Any) -> nn.Module:
 
 
 TASKS = {
-    "digits": Task(max_drop=0.01, seconds=60),
+    "digits": Task(max_drop=0.01, seconds=90),
     "flights": Task(max_drop=0.003, seconds=90, prepare=write_flights),
-    "detect": Task(max_drop=0.01, seconds=150),
+    "detect": Task(max_drop=0.01, seconds=150, prepare=write_scenes),
     "text": Task(max_drop=0.01, seconds=150, prepare=write_text, source="text"),
-    "cifar10": Task(max_drop=0.01, seconds=150, prepare=write_photos, source="cifar10"),
+    "cifar10": Task(max_drop=0.01, seconds=180, prepare=write_photos, source="cifar10"),
 }
 
 digits = replace(
     load(EXAMPLES / "digits.py"),
     split=delest.Split(train=0.05, validation=0.05, selection=0.2, test=0.7),  # few to learn from: the size of a network counts
-    recipe=delest.Recipe(epochs=150, patience=150),
+    recipe=delest.Recipe(epochs=450, patience=450),
     name="digits",
 )
 flights = delest.Job(
@@ -89,8 +116,10 @@ flights = delest.Job(
     recipe=delest.Recipe(epochs=60),
     name="flights",
 )
-detect = replace(load(EXAMPLES / "detect.py"), name="detect")
+detect = replace(load(EXAMPLES / "detect.py"), recipe=delest.Recipe(epochs=30), name="detect")
 text = replace(
     load(EXAMPLES / "text.py"), model=small_gpt, context=64, recipe=delest.Recipe(epochs=20, patience=20), name="text"
 )
-cifar10 = replace(load(EXAMPLES / "cifar10.py"), recipe=delest.Recipe(epochs=16, augment=("flip",)), name="cifar10")
+cifar10 = replace(
+    load(EXAMPLES / "cifar10.py"), model=PhotoNet, recipe=delest.Recipe(epochs=12, augment=("flip",)), name="cifar10"
+)

@@ -103,7 +103,8 @@ def from_scratch(start: Trained, architecture: Mapping[str, Any], seconds: float
     found = []
     for seed in SEEDS:
         narrow = backend(start.place.job).narrower(start.place.job, start.place.source.schema, architecture)
-        recipe = replace(start.place.job.recipe, epochs=epochs_for(start, seconds))
+        epochs = epochs_for(start, seconds)
+        recipe = replace(start.place.job.recipe, epochs=epochs, patience=epochs)
         job = replace(narrow, recipe=recipe, seed=start.place.job.seed, origin=None)
         job = replace(job, model=_seeded(job.model, seed))
         delest.train(job, out=folder / f"scratch-{seed}", time=seconds, say=Progress())
