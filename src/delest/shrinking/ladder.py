@@ -40,11 +40,14 @@ GENTLEST = 0.8  # no rung leaves more
 RETREAT = (0.1, 0.65)  # powers of its share that the rung after a failed one leaves: by how far beyond the allowed drop it was
 SLOWER = 0.75  # a rung takes so many times its share of the parameters off the measured seconds of its layers
 BATCHES = (1, 32)  # rows at which layers are timed
+NEAR = 2.0  # times the allowed drop: a network that may lose no more learns on, once, with what is left of the time for rungs
 RUNGS = 8
 LEAST_EPOCHS = 1.0  # of a narrower network, without which a rung is not begun
 OF_TIME, OF_RUNG = 0.6, 0.4  # of the time for all rungs, and of what is left of that for one
+OF_LEFT = 0.8  # of that for one that learns on
 SCORED_BATCHES = 24
 TRIED = 0.25  # of the first rung's time, for each of both ways to teach it
+SURELY = 0.5  # of the allowed drop, by which targets alone must surely do better there to be taken
 DISTILLING = 0.3  # times an epoch of plain training of the trained network, at the least; the clock ends what is slower
 STUDENT = "student"  # the user's, by name
 _PLAIN = ("precision", "memory_format", "micro_batch", "threads")  # methods that go with another loss and another network
@@ -96,28 +99,35 @@ class Ladder:
         self._reference = evaluate(self.trained.session, self.judging, self.metric, stop=self._stop)
         self._step = self.journal.follow("step", "", lambda: {"channels": suitable_step(self.threads)})["channels"]
         keep, lineage, spent = BOLD, 0.0, 0.0  # seconds of the rungs that were kept, and of all
+        near: Stage | None = None  # the network before, which nearly kept the accuracy
         if self.student is not None:
             network, stage = self._fresh(STUDENT, {STUDENT: self.known_by.get(STUDENT, "")}, self.seconds * OF_TIME * OF_RUNG)
             spent += stage.seconds
             students += [network] if network is not None else []
         for number in range(1, RUNGS + 1):
             source, name = accepted[-1], f"pruned-{number}"
-            share = (self.seconds * OF_TIME - spent) * OF_RUNG
+            left = self.seconds * OF_TIME - spent
+            share = left * (OF_RUNG if near is None else OF_LEFT)
             facts = self.journal.found("begun", name)
             if facts is None:
                 if not self._is_enough(share, number):
                     break
-                facts = self.journal.note("begun", name, **{"from": source.name, "remove": 1 - keep, "seconds": share})
+                how = {"from": source.name, "remove": 1 - keep} if near is None else {"from": near.name, "remove": 0.0}
+                facts = self.journal.note("begun", name, **how, seconds=share)
             network, stage = self._rung(name, source, facts)
             spent += stage.seconds
             self.stages.append(stage)
             if network is not None:
                 accepted.append(network)
-                keep, lineage = max(keep, FURTHER), lineage + stage.seconds
+                keep, lineage = max(keep, FURTHER), lineage + stage.seconds + (near.seconds if near else 0.0)
+                near = None
+                continue
+            if near is None and stage.upper is not None and stage.upper <= NEAR * self.allowed:
+                near = stage
                 continue
             if keep == GENTLEST or stage.parameters == source.parameters:  # nothing was cut
                 break
-            keep = _gentler(keep, stage.upper, self.allowed)
+            keep, near = _gentler(keep, stage.upper, self.allowed), None
         if len(accepted) > 1:
             assert accepted[-1].architecture is not None
             rival, _ = self._fresh("fresh", accepted[-1].architecture, lineage)
@@ -144,12 +154,19 @@ class Ladder:
         before = self._decided(name)
         if before is not None and not before.accepted:
             return None, before
+        return self._learn(name, source, facts)
+
+    def _learn(self, name: str, source: Network, facts: Mapping[str, Any]) -> tuple[Network | None, Stage]:
+        """Cut a network, or take one up that was judged, and teach it."""
         began = time.monotonic()
         if not (self.folder / name / "architecture.json").exists():
-            self.say.stage(f"shrink: cutting {facts['remove']:.0%} of the parameters of {source.name}")
-            fault = self._cut(name, source, facts["remove"])
-            if fault:
-                return None, self._noted(name, source.parameters, began, fault)
+            if not facts["remove"]:
+                self._take_up(name, facts["from"], source)
+            else:
+                self.say.stage(f"shrink: cutting {facts['remove']:.0%} of the parameters of {source.name}")
+                fault = self._cut(name, source, facts["remove"])
+                if fault:
+                    return None, self._noted(name, source.parameters, began, fault)
         return self._taught(name, facts["seconds"], began)
 
     def _cut(self, name: str, source: Network, remove: float) -> str:
@@ -175,6 +192,17 @@ class Ladder:
             write(file, pruner.weights(), {})
         storage.write_json(folder / "architecture.json", pruner.architecture())  # last: now the cut is whole
         return ""
+
+    def _take_up(self, name: str, before: str, source: Network) -> None:
+        """A network that was judged learns on under another name, from the weights that were judged."""
+        folder, old = self.folder / name, self.folder / before
+        if not (old / "best.safetensors").exists():  # the journal alone is there
+            facts = self.journal.found("begun", before)
+            assert facts is not None
+            self._learn(before, source, facts)
+        folder.mkdir(exist_ok=True)
+        for file, kept in (("best.safetensors", "cut.safetensors"), ("architecture.json", "architecture.json")):
+            storage.write_atomic(folder / kept, (old / file).read_bytes())
 
     def _layer_seconds(self, layers: Any) -> dict[str, float]:
         """What layers take, as shares of all of them: the mean over batches, so that each counts as much."""
@@ -285,7 +313,8 @@ class Ladder:
         return self._teacher if line["teacher"] else None, line["seconds"] if line["on"] == name else 0.0
 
     def _try_both(self, architecture: Mapping[str, Any], cut: Path, seconds: float) -> bool:
-        """Whether the trained network teaches as well as targets alone do: False where it is surely worse on the validation rows."""
+        """Whether the trained network teaches as well as targets alone do: False where it is surely worse on the validation rows, by more than a part of
+        what may be lost. Mixtures take longer to learn from, and bring more in the end."""
         found = {}
         for word, teacher in (("a teacher", self._teacher), ("targets alone", None)):
             self._stop()
@@ -299,7 +328,7 @@ class Ladder:
                 return teacher is None
         bound = bound_drop(self.metric, *found.values())
         scores = ", ".join(f"{word} {one.score:.4g}" for word, one in found.items())
-        taught = bound is None or bound.upper >= 0
+        taught = bound is None or bound.upper >= -SURELY * self.allowed
         self.say.note(f"{'the teacher is taken' if taught else 'targets alone teach better'}: {self.metric.name} by {scores}")
         return taught
 
