@@ -95,9 +95,9 @@ def small_gpt(schema: Any) -> nn.Module:
 TASKS = {
     "digits": Task(max_drop=0.01, seconds=90),
     "flights": Task(max_drop=0.003, seconds=90, prepare=write_flights),
-    "detect": Task(max_drop=0.01, seconds=240, prepare=write_scenes),
+    "detect": Task(max_drop=0.01, seconds=180, prepare=write_scenes),
     "text": Task(max_drop=0.01, seconds=150, prepare=write_text, source="text"),
-    "cifar10": Task(max_drop=0.01, seconds=240, prepare=write_photos, source="cifar10"),
+    "cifar10": Task(max_drop=0.01, seconds=180, prepare=write_photos, source="cifar10"),
 }
 
 digits = replace(

@@ -102,7 +102,9 @@ def from_scratch(start: Trained, architecture: Mapping[str, Any], seconds: float
     """The network of delest's widths, trained from random weights for the time of training and shrinking together, by seed."""
     found = []
     for seed in SEEDS:
-        narrow = backend(start.place.job).narrower(start.place.job, start.place.source.schema, architecture)
+        narrow = backend(start.place.job, start.place.source.schema).narrower(
+            start.place.job, start.place.source.schema, architecture
+        )
         epochs = epochs_for(start, seconds)
         recipe = replace(start.place.job.recipe, epochs=epochs, patience=epochs)
         job = replace(narrow, recipe=recipe, seed=start.place.job.seed, origin=None)
@@ -123,7 +125,7 @@ def _seeded(factory: Any, seed: int) -> Any:
 
 
 def export(trained: Trained, path: Path) -> Path:
-    backend(trained.place.job).export(trained.session, trained.place.first_inputs(2), path)
+    backend(trained.place.job, trained.place.source.schema).export(trained.session, trained.place.first_inputs(2), path)
     return path
 
 
