@@ -58,7 +58,7 @@ $(KERAS)/.ready: pyproject.toml constraints.txt
 	$(KERAS)/bin/pip install -q -c constraints.txt -e '.[dev,keras]'
 	@touch $@
 
-bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmarks/results (CIFAR10=FOLDER, TEXT=FILE and PUBLISHED=CSV for theirs)
+bench: $(BENCH)/.ready $(KERAS)/.ready  ## measure every figure that is promised, into benchmarks/results (CIFAR10=FOLDER, TEXT=FILE and PUBLISHED=CSV for theirs)
 	$(BENCH)/bin/python benchmarks/startup.py
 	$(BENCH)/bin/python benchmarks/run.py $(if $(CIFAR10),--cifar10 $(CIFAR10))
 	$(BENCH)/bin/python benchmarks/digits.py
@@ -67,6 +67,7 @@ bench: $(BENCH)/.ready  ## measure every figure that is promised, into benchmark
 	$(BENCH)/bin/python benchmarks/measure_scripts.py
 	$(BENCH)/bin/python benchmarks/plan.py
 	$(BENCH)/bin/python benchmarks/smallest_budget.py
+	$(KERAS)/bin/python benchmarks/keras_footprint.py
 	$(BENCH)/bin/python benchmarks/methods_on_digits.py
 	$(BENCH)/bin/python benchmarks/throughput.py
 	$(BENCH)/bin/python benchmarks/planning_time.py

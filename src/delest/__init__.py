@@ -16,6 +16,7 @@ _HOMES = {
             "measure",
             "plan",
             "apply",
+            "compare",
             "verify",
             "train",
             "shrink",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from delest.job import Job as Job, Recipe as Recipe, Split as Split
     from delest.verbs import (
         apply as apply,
+        compare as compare,
         doctor as doctor,
         estimate as estimate,
         inspect as inspect,

@@ -18,6 +18,7 @@ import pytest
 
 from delest import __version__, cli, errors, job as jobs
 from delest.records.footprint import Footprint
+from delest.records.frameworks import FrameworkComparison, FrameworkResult
 from delest.records.hardware import Check, Diagnosis, Hardware
 from delest.records.plan import Plan
 from delest.records.run import Run, Summary
@@ -37,6 +38,20 @@ VERIFICATION = Verification(
 )
 
 
+COMPARISON = FrameworkComparison(
+    results=(FrameworkResult(name="torch", peak_bytes=1 << 30, whole_seconds=9.0),),
+    recommended="torch",
+    why="the only one that trained the job",
+    priority="time",
+    metric="accuracy",
+    higher_is_better=True,
+    epochs=3,
+    whole_epochs=9,
+    batch_size=32,
+    steps=40,
+)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     """Each verb notes what it was called with and answers with a small record; a job is one of no data."""
@@ -45,6 +60,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[tuple[Any, ...], d
         "inspect": lambda job: SUMMARY,
         "plan": lambda *a, **k: Plan(batch_size=4, micro_batch=2),
         "verify": lambda *a, **k: VERIFICATION,
+        "compare": lambda *a, **k: COMPARISON,
         "environment_for": lambda plan: {},
         "execute": lambda command, variables: None,
         "estimate": lambda *a, **k: FOOTPRINT,
@@ -260,12 +276,27 @@ class TestOutput:
         told = json.loads(capsys.readouterr().out)
         assert (told["format"], told["ok"], told["methods"], told["resume"]["ok"]) == (1, ok, [], ok)
 
+    def test_compare_ends_with_what_can_be_taken(
+        self,
+        calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        assert cli.main(["compare", "job.py", "--backends", "torch,jax", "--epochs", "2", "--quiet"]) == 0
+        assert calls["compare"][1] == {"backends": "torch,jax", "epochs": 2, "say": "quiet"}
+        assert capsys.readouterr().out.startswith("take torch: 9 s for 9 epochs, peak 1 GiB; the only one")
+        failed = replace(COMPARISON.results[0], fault="it broke")
+        for found, status in ((replace(COMPARISON, recommended=None), 3), (replace(COMPARISON, results=(failed,)), 6)):
+            monkeypatch.setattr(sys.modules["delest.verbs"], "compare", lambda *a, found=found, **k: found)
+            assert cli.main(["compare", "job.py"]) == status
+
     def test_doctor_measures_and_clears_where_it_is_told_to(
         self, calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
     ) -> None:
         for wishes, given in (
             ([], {}),
             (["--clear-cache"], {"clear_cache": True}),
+            (["--deep"], {"deep": True}),
             (["--measure", "--clear-cache"], {"measure": True, "clear_cache": True}),
         ):
             assert cli.main(["doctor", *wishes]) == 0

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import delest
-from delest import errors, runs
+from delest import errors, runs, storage
 from delest.cli import main
 from delest.detection import MeanAveragePrecision
 from delest.records.shrunk import Bound
@@ -196,6 +196,24 @@ def test_where_targets_alone_surely_teach_better_the_trained_network_is_not_aske
     assert taught[:2] == [(False, "StudentSession"), (False, "TorchSession")]
     assert len(taught) > 3
     assert set(taught[2:]) == {(True, "TorchSession")}
+
+
+def test_a_network_that_nearly_kept_its_accuracy_learns_on(shrinkable, monkeypatch):
+    uppers = iter([0.01, 0.1, 0.01])  # of which 0.05 are allowed
+    monkeypatch.setattr(ladder.Ladder, "_choose_teacher", lambda self, *given: (self._teacher, 0.0))
+    monkeypatch.setattr(ladder, "bound_drop", lambda *given: Bound(drop=0.0, upper=next(uppers, 0.4), rows=40, disagreeing=0.1))
+    _, first, second, *_ = shrink(shrinkable, time="9s").stages
+    assert (first.accepted, second.accepted) == (False, True)
+    assert first.parameters == second.parameters
+    home = shrinkable / "shrinking"
+    begun = {line["name"]: line for line in storage.read_lines(home / "decisions.jsonl") if line["kind"] == "begun"}
+    assert (begun["pruned-3"]["from"], begun["pruned-3"]["remove"]) == ("pruned-2", 0.0)
+    assert (home / "pruned-3" / "cut.safetensors").read_bytes() == (home / "pruned-2" / "best.safetensors").read_bytes()
+    learnt = (home / "pruned-3" / "best.safetensors").read_bytes()
+    for path in [path for path in home.rglob("*") if path.is_file() and path.name != "decisions.jsonl"]:
+        path.unlink()
+    shrink(shrinkable, time="9s")  # by the journal alone
+    assert (home / "pruned-3" / "best.safetensors").read_bytes() == learnt
 
 
 @pytest.mark.parametrize(

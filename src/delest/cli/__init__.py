@@ -21,7 +21,21 @@ import typer
 from delest import __version__, errors, storage, supervision
 from delest.records.form import to_json
 
-COMMANDS = ("run", "inspect", "estimate", "measure", "plan", "verify", "exec", "train", "shrink", "report", "predict", "doctor")
+COMMANDS = (
+    "run",
+    "inspect",
+    "estimate",
+    "measure",
+    "plan",
+    "compare",
+    "verify",
+    "exec",
+    "train",
+    "shrink",
+    "report",
+    "predict",
+    "doctor",
+)
 _WHEN_TERMINATED = ("Interrupted", "terminated; what was finished before is kept", 128 + signal.SIGTERM)
 _INTERRUPTED = 130  # 128 + SIGINT
 # Newer versions of typer carry click inside, older ones import it; its base classes have no public name in either.

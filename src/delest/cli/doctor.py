@@ -11,6 +11,9 @@ from delest.cli import Answer, options
 EXAMPLE = "delest doctor --json"
 WISHES: options.Group = {
     "measure": options.option(bool, "--measure", "measure what this machine reaches, about 6 s the first time", undo=False),
+    "deep": options.option(
+        bool, "--deep", "prove by a tiny training step that torch, TensorFlow and JAX work on each device they see", undo=False
+    ),
     "clear_cache": options.option(bool, "--clear-cache", "empty the cache, and say how much that frees", undo=False),
 }
 

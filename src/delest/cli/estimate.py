@@ -37,7 +37,8 @@ def estimate(
 ) -> Answer:
     """Say what training will take, before anything runs.
 
-    Nothing is allocated and no step is made. With --budget the exit status is 3 where it may not fit.
+    Nothing is allocated and no step is made; of a Keras job a few are, on parts of a batch. With --budget the exit status is 3
+    where it may not fit.
     """
     from delest import verbs
     from delest.reporting import footprint as texts

@@ -6,23 +6,21 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from delest import errors, methods, units
+from delest import errors, methods
 from delest.backends.torch import optimizers, rollback
 from delest.backends.torch.addition import LossOf
 from delest.backends.torch.applied import Applied
 from delest.backends.torch.model import fingerprint
 from delest.backends.torch.parts import Share
+from delest.frameworks import wishes
 from delest.frameworks.record import Record
 from delest.frameworks.steps import Steps
-from delest.hardware import machine
-from delest.records.form import read_json
 from delest.records.plan import Plan
 from delest.training.guard import Guard
 
@@ -46,31 +44,8 @@ class Hook:
         mode: str | None = None,
         patience: int | None = None,
     ):
-        faults = []
-        if not isinstance(plan, (Plan, str, Path, type(None))):
-            faults.append(f"a plan is a Plan or the path of a plan.json, not a {type(plan).__name__}.")
-        if mode not in (None, "min", "max"):
-            faults.append(f"mode is {mode!r}: it is 'min' or 'max', or left out.")
-        if patience is not None and (not isinstance(patience, int) or isinstance(patience, bool) or patience < 1):
-            faults.append(f"patience is {patience!r}: it is a number of evaluations, 1 or more.")
-        here = machine.describe()
-        most = here.memory_limit_bytes or here.memory_bytes
-        self.budget_bytes: int | None = None
-        try:
-            self.budget_bytes = None if memory is None else units.read_size(memory, most)
-            if self.budget_bytes is not None and self.budget_bytes > most:
-                faults.append(
-                    f"memory is {units.format_bytes(self.budget_bytes)}, and this machine has {units.format_bytes(most)}."
-                )
-            self.plan = read_json(Plan, Path(plan)) if isinstance(plan, (str, Path)) else plan
-            methods.configs(self.plan or Plan(batch_size=1, micro_batch=1))  # names are known
-        except errors.BadInput as error:
-            faults += error.faults
-        if faults:
-            raise errors.BadInput(faults)
-        if self.budget_bytes is None and self.plan is not None and self.plan.device == "cpu":
-            self.budget_bytes = self.plan.memory_bytes
-        self.out, self.monitor, self.mode, self.patience = out, monitor, mode, patience
+        given = wishes.read(memory, plan, out=out, monitor=monitor, mode=mode, patience=patience)
+        self.wishes, self.budget_bytes, self.plan = given, given.budget_bytes, given.plan
         self.applied: Applied | None = None
         self.record: Record | None = None
         self.rate = 0.0  # of the update that a batch belongs to
@@ -79,7 +54,7 @@ class Hook:
     @property
     def acts(self) -> bool:
         """Whether the loop's steps are changed at all, or only written down."""
-        return self.budget_bytes is not None or self.plan is not None
+        return self.wishes.acts
 
     def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer, settings: methods.Configs) -> torch.optim.Optimizer:
         """Apply the plan to the loop's model, or to the part of it that the plan was made for; gives the optimizer to go on with.
@@ -118,8 +93,8 @@ class Hook:
             "optimizer": type(self.applied.optimizer).__name__,
             "origin": None,
         }
-        plan = replace(self.plan or Plan(batch_size=1, micro_batch=1), memory_bytes=self.budget_bytes)
-        self.record = Record(self.out, job, plan, batches, versions)
+        versions = {"torch": torch.__version__, **versions}
+        self.record = Record(self.wishes.out, job, self.wishes.followed, batches, versions)
         self.guard = Guard(self.steps, 1, self.record.note)
         self.guard.option = "memory="
         for line in self.applied.changes:
@@ -168,7 +143,7 @@ class Hook:
     def evaluated(self, values: Mapping[str, float]) -> bool:
         """Write an evaluation down; whether training should stop."""
         assert self.record is not None
-        return self.record.evaluated(values, self.monitor, self.mode, self.patience)
+        return self.record.evaluated(values, self.wishes.monitor, self.wishes.mode, self.wishes.patience)
 
     def close(self, error: BaseException | None = None) -> None:
         """Lift the limit and write the record; once. `error` is what ended the training, if one did."""

@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from delest import __version__, errors, runs, storage
 from delest.hardware import machine
 from delest.records.footprint import Footprint
@@ -49,7 +47,6 @@ class Record:
             versions={
                 "delest": __version__,
                 "python": platform.python_version(),
-                "torch": torch.__version__,
                 **versions,
             },
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from delest import storage
 from delest.hardware import machine
+from delest.hardware.frameworks import check_frameworks
 from delest.hardware.roofline import known_roofline, measure_roofline
 from delest.records.hardware import Check, Diagnosis, Hardware
 from delest.units import format_bytes
@@ -34,11 +35,11 @@ for name in sys.argv[1:]:
 """
 
 
-def diagnose(*, measure: bool = False, clear_cache: bool = False) -> Diagnosis:
+def diagnose(*, measure: bool = False, clear_cache: bool = False, deep: bool = False) -> Diagnosis:
     """Look at versions, packages, memory, disk, folders and GPUs; takes some seconds, since each package is imported once.
 
     With `clear_cache` the cache is emptied first; with `measure` the roofline is measured where it is not known, otherwise
-    it is shown only where it is. Side effects: a file is written into the cache folder and removed again; packages are
+    it is shown only where it is. With `deep` each framework that is installed makes a training step on each device that it sees, in a process of its own. Side effects: a file is written into the cache folder and removed again; packages are
     imported in another process. Raises `BadInput` where a cache is to be emptied that cannot be used.
     """
     cleared_bytes = storage.clear_cache() if clear_cache else None
@@ -59,6 +60,7 @@ def diagnose(*, measure: bool = False, clear_cache: bool = False) -> Diagnosis:
             _check_threads(here),
             *_check_environment(),
             *_check_accelerators(here),
+            *(check_frameworks(here) if deep else ()),
         ),
         roofline=(measure_roofline() if measure else known_roofline()) if able else None,
         cleared_bytes=cleared_bytes,

@@ -40,7 +40,7 @@ GENTLEST = 0.8  # no rung leaves more
 RETREAT = (0.1, 0.65)  # powers of its share that the rung after a failed one leaves: by how far beyond the allowed drop it was
 SLOWER = 0.75  # a rung takes so many times its share of the parameters off the measured seconds of its layers
 BATCHES = (1, 32)  # rows at which layers are timed
-NEAR = 3.0  # times the allowed drop: a network that may lose no more learns on, once, with what is left of the time for rungs
+NEAR = 3.0  # times the allowed drop: after one that was kept, a network that may lose no more learns on, once, with most of the time that is left
 RUNGS = 8
 LEAST_EPOCHS = 1.0  # of a narrower network, without which a rung is not begun
 OF_TIME, OF_RUNG = 0.6, 0.4  # of the time for all rungs, and of what is left of that for one
@@ -122,7 +122,7 @@ class Ladder:
                 keep, lineage = max(keep, FURTHER), lineage + stage.seconds + (near.seconds if near else 0.0)
                 near = None
                 continue
-            if near is None and stage.upper is not None and stage.upper <= NEAR * self.allowed:
+            if near is None and len(accepted) > 1 and stage.upper is not None and stage.upper <= NEAR * self.allowed:
                 near = stage
                 continue
             if keep == GENTLEST or stage.parameters == source.parameters:  # nothing was cut

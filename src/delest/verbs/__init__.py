@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from delest.verbs.comparing import compare
 from delest.verbs.devices import read_prices
 from delest.verbs.everything import run
 from delest.verbs.look import doctor, inspect
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "apply",
+    "compare",
     "doctor",
     "environment_for",
     "estimate",

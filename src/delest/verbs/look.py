@@ -19,12 +19,13 @@ def inspect(job: Any) -> Summary:
     return open_workplace(jobs.load(job), Progress()).summary
 
 
-def doctor(*, measure: bool = False, clear_cache: bool = False) -> Diagnosis:
+def doctor(*, measure: bool = False, clear_cache: bool = False, deep: bool = False) -> Diagnosis:
     """Versions, processor, memory, GPUs and whether this build of torch can use them, extras, and what to mend.
 
-    With `measure` also the roofline, which takes about six seconds the first time; with `clear_cache` the cache is emptied.
+    With `measure` also the roofline, which takes about six seconds the first time; with `clear_cache` the cache is emptied; with `deep` PyTorch, TensorFlow and JAX,
+    where they are installed, each prove that they train on every device that they see.
     Raises `BadInput` for a cache folder that cannot be emptied.
     """
     from delest.hardware.doctor import diagnose
 
-    return diagnose(measure=measure, clear_cache=clear_cache)
+    return diagnose(measure=measure, clear_cache=clear_cache, deep=deep)

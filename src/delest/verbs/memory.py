@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delest import errors, job as jobs, malloc, processes
-from delest.verbs.keras_jobs import refuse
+from delest.verbs.keras_jobs import is_keras, measure_keras, refuse, sweep_keras
 from delest.verbs.workplace import Workplace, check_batch, check_device, open_workplace, preprocessing_json
 
 if TYPE_CHECKING:
@@ -141,8 +141,9 @@ def measure(
     if faults:
         raise errors.BadInput(faults)
     place = open_workplace(jobs.load(job_or_bundle), say)
-    refuse(place.job, place.source.schema, "measure")
     check_batch(place)
+    if is_keras(place.job, place.source.schema):
+        return measure_keras(place, steps=steps, threads=threads, device=device, allocator=allocator, say=say)
     if variables and place.job.origin is None:
         raise errors.BadInput(
             f"--allocator {allocator}: a job given as Python objects cannot be measured in another process; put it in a file."
@@ -222,7 +223,12 @@ def _sweep_job(
     if batch_sizes:
         loaded = replace(loaded, batch_size=max(batch_sizes), set_by={**loaded.set_by, "batch_size": "argument"})
     place = open_workplace(loaded, say)
-    refuse(place.job, place.source.schema, "estimate")
+    if is_keras(place.job, place.source.schema):
+        check_batch(place)
+        if wishes.get("sequence_length") is not None:
+            refuse(place.job, place.source.schema, "--sequence-length")
+        batches = tuple(batch_sizes or (place.job.batch_size,))
+        return sweep_keras(place, batches, micro_batch, device=device, allocator=allocator, threads=threads, say=say)
     from delest.backends.torch.loops import JobLoop
     from delest.footprint.estimate import choose_target, estimate_loop
     from delest.records.plan import Plan

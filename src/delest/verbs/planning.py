@@ -121,7 +121,7 @@ def plan_workplace(
 
     check_batch(place)
     if is_keras(place.job, place.source.schema):
-        return plan_keras(place, memory=memory, device=device, threads=threads, exact=exact, probe=probe_few)
+        return plan_keras(place, memory=memory, device=device, threads=threads, exact=exact, probe=probe_few, say=say)
     check_device(device)
     started = time.monotonic()
     here = machine.describe()

@@ -64,14 +64,9 @@ def shrink(
     )
     trained = _trained(run, data, weights, out, threads, say)
     folder, epoch = trained.run.path, _epoch_seconds(trained)
-    if is_keras(trained.place.job, trained.place.source.schema):
-        if time not in (None, 0, "0"):
-            refuse(trained.place.job, trained.place.source.schema, f"--time {time} (narrower networks)")
-        if teacher is not None or student is not None:
-            refuse(trained.place.job, trained.place.source.schema, "a teacher or a student")
-        say.note("a Keras network is quantised and not made narrower yet.")
-        seconds = 0.0
-    elif time is None:
+    if teacher is not None or student is not None:
+        refuse(trained.place.job, trained.place.source.schema, "a teacher or a student")
+    if time is None:
         seconds = trained.run.seconds.get("training", 0.0) or EPOCHS * epoch
     else:
         seconds = 0.0 if time in (0, "0") else units.read_seconds(time)
@@ -251,14 +246,12 @@ def predict(bundle: str | Path, inputs: Sequence[str | Path]) -> list[dict[str, 
 
 
 def load(path: str | Path, factory: Callable[..., Any] | None = None) -> Any:
-    """The trained network of a run or a bundle as a module in evaluation mode, narrower where it was made so; nothing is unpickled. Of a run that was
+    """The trained network of a run or a bundle, a torch module in evaluation mode or a keras.Model, narrower where it was made so; nothing is unpickled. Of a run that was
     not shrunk, or that cannot be exported, it is the network with its best weights.
 
     `factory` builds the network as it was before (None: the factory of the run's job). Raises `BadInput` where there are no weights, no
     factory is known, or it builds another network.
     """
-    from delest.backends.torch import model as models
-    from delest.backends.torch.pruning.architecture import rebuild
     from delest.data import Preprocessing
     from delest.records.form import from_json, read_object
 
@@ -287,20 +280,35 @@ def load(path: str | Path, factory: Callable[..., Any] | None = None) -> Any:
                 f"{given} belongs to no run: say what builds the network, as in delest.load({str(given)!r}, MyNet)."
             )
         job = runs.job_of(run, None)
-    refuse(job, schema, "load")
-    model = models.build(job, schema)
     architecture = folder / "architecture.json"
     changed = read_object(architecture) if architecture.exists() else {}
-    if "tensors" in changed:
-        model = rebuild(model, changed)
-    elif "student" in changed and factory is None:
+    if "student" in changed and factory is None:
         raise errors.BadInput(
             f"{given} is a student of your own: say what builds it, as in delest.load({str(given)!r}, MyStudent)."
         )
+    if is_keras(job, schema):
+        return _keras_model(job, schema, changed, read_weights(weights))
+    from delest.backends.torch import model as models
+    from delest.backends.torch.pruning.architecture import rebuild
+
+    model = models.build(job, schema)
+    if "tensors" in changed:
+        model = rebuild(model, changed)
     import torch
 
     model.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in read_weights(weights).items()})
     return model.eval()
+
+
+def _keras_model(job: jobs.Job, schema: Any, changed: dict[str, Any], weights: Any) -> Any:
+    from delest.records.plan import Plan
+
+    keras = backend(job, schema)
+    if "tensors" in changed:
+        job = keras.narrower(job, schema, changed)
+    session = keras.session(job, Plan(batch_size=job.batch_size, micro_batch=job.batch_size), schema)
+    session.load_weights(weights)
+    return session.model
 
 
 def _bundle_folder(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ import keras
 from delest.frameworks.keras.session import KerasSession
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from delest.frameworks.keras.pruning.pruner import Pruner
     from delest.job import Job
     from delest.records.plan import Plan
     from delest.records.source import Schema
@@ -39,6 +43,28 @@ class KerasBackend:
 
     def session(self, job: Job, plan: Plan, schema: Schema) -> KerasSession:
         return KerasSession(job, plan, schema)
+
+    def pruner(self, session: KerasSession, job: Job, architecture: Mapping[str, Any] | None, inputs: Any) -> Pruner:
+        """What makes a session's network narrower; see `pruning.pruner`."""
+        from delest.frameworks.keras.pruning.pruner import Pruner
+
+        return Pruner(session, job, architecture, inputs)
+
+    def narrower(self, job: Job, schema: Schema, architecture: Mapping[str, Any]) -> Job:
+        """The job with a factory of the narrower network, with fresh weights."""
+        from delest.frameworks.keras.pruning.architecture import NarrowFactory
+
+        return replace(job, model=NarrowFactory(job, schema, architecture))
+
+    def teacher(self, session: KerasSession, feed: Any, *, keep: bool) -> KerasSession:
+        """A trained session, which answers when it is asked."""
+        return session
+
+    def student(self, job: Job, plan: Plan, schema: Schema, teacher: KerasSession) -> KerasSession:
+        """A session that learns from targets and from a teacher."""
+        from delest.frameworks.keras.distillation import StudentSession
+
+        return StudentSession(job, plan, schema, teacher)
 
     def export(self, session: KerasSession, inputs: Any, path: Path) -> None:
         from delest.frameworks.keras.export import export_session

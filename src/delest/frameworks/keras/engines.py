@@ -94,7 +94,7 @@ class _TensorFlow:
         @tf.function(reduce_retracing=True)
         def gradient(inputs: Any, targets: Any, share: Any) -> Any:
             with tf.GradientTape() as tape:
-                loss = (mean(model(inputs, training=True), targets) + _penalties(model.losses)) * share
+                loss = (mean(model(inputs, training=True), targets) + penalties(model.losses)) * share
             values = [variable.value for variable in variables]
             found = tape.gradient(loss, values, unconnected_gradients=tf.UnconnectedGradients.ZERO)
             return loss, [tf.convert_to_tensor(one) for one in found]  # those of embeddings hold single rows
@@ -127,7 +127,7 @@ class _Jax:
         def loss_of(trained: Any, rest: Any, inputs: Any, targets: Any, share: Any) -> Any:
             with keras.StatelessScope(zip([*trainable, *others], [*trained, *rest], strict=True), collect_losses=True) as scope:
                 outputs = model(inputs, training=True)
-                loss = (mean(outputs, targets) + _penalties(model.losses)) * share
+                loss = (mean(outputs, targets) + penalties(model.losses)) * share
             return loss, [scope.get_current_value(variable) for variable in others]
 
         def answered(trained: Any, rest: Any, inputs: Any) -> Any:
@@ -170,7 +170,7 @@ class _Torch:
     def gradient(self, inputs: Any, targets: Any, share: float) -> tuple[Any, list[Any]]:
         import torch
 
-        loss = (self.mean(self.model(inputs, training=True), targets) + _penalties(self.model.losses)) * share
+        loss = (self.mean(self.model(inputs, training=True), targets) + penalties(self.model.losses)) * share
         values = _values(self.model.trainable_variables)
         return loss.detach(), list(torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True))
 
@@ -189,7 +189,17 @@ class _Torch:
             return self.model(inputs, training=False)
 
 
-def _penalties(losses: list[Any]) -> Any:
+def compiled(function: Callable[[], Any]) -> Callable[[], Any]:
+    """A function of variables as TensorFlow runs it best; as it is on the others."""
+    if keras.backend.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    return tf.function(function)
+
+
+def penalties(losses: list[Any]) -> Any:
+    """What layers add to the loss, in all."""
     return sum(ops.cast(ops.sum(loss), "float32") for loss in losses) if losses else 0.0
 
 

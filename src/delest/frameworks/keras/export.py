@@ -5,6 +5,7 @@ torch, in a process of its own, with the same weights.
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import keras
 from delest import errors, processes, storage, tensors
 from delest.frameworks.keras import building
 from delest.frameworks.keras.optimizers import layers_of
+from delest.frameworks.keras.pruning.architecture import NarrowFactory
 from delest.frameworks.keras.session import KerasSession
 from delest.job import Job
 from delest.records.form import from_json, to_json
@@ -50,15 +52,20 @@ def export_session(session: KerasSession, inputs: Any, path: Path) -> None:
             session.job,
             environment={"KERAS_BACKEND": "torch"},
             schema=to_json(session.schema),
+            architecture=getattr(session.job.model, "architecture", None),
             weights=str(weights),
             path=str(path),
             positional=isinstance(inputs, tuple),
         )
 
 
-def export_rebuilt(job: Job, *, schema: dict[str, Any], weights: str, path: str, positional: bool) -> dict[str, Any]:
+def export_rebuilt(
+    job: Job, *, schema: dict[str, Any], architecture: dict[str, Any] | None, weights: str, path: str, positional: bool
+) -> dict[str, Any]:
     """`export_session` in a process whose Keras computes with torch, for weights that were trained on JAX."""
     known = from_json(Schema, schema)
+    if architecture is not None:
+        job = replace(job, model=NarrowFactory(job, known, architecture))
     try:
         session = KerasSession(job, Plan(batch_size=job.batch_size, micro_batch=job.batch_size), known)
         session.load_weights(tensors.Arrays(Path(weights)))

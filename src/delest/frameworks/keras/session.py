@@ -12,6 +12,7 @@ import numpy as np
 
 from delest import errors
 from delest.frameworks.keras import building, engines, losses, optimizers
+from delest.frameworks.keras.layers import named_weights
 from delest.job import Job
 from delest.records.batch import Batch, Lazy, Outputs, State, Step
 from delest.records.plan import Plan
@@ -129,7 +130,7 @@ class KerasSession:
 
     def state(self) -> State:
         """Weights by name, the optimizer's variables and the seeds of layers, as arrays: use them before the next step."""
-        arrays = {f"model.{name}": _stored(variable) for name, variable in self._named().items()}
+        arrays = {f"model.{name}": _stored(variable) for name, variable in named_weights(self.model).items()}
         arrays |= {f"random.{number}": _stored(variable) for number, variable in enumerate(self._seeds)}
         arrays |= {f"optimizer.{number}": _stored(variable) for number, variable in enumerate(self.optimizer.variables)}
         random = _torch_state()
@@ -157,11 +158,11 @@ class KerasSession:
 
     def weights(self) -> dict[str, Any]:
         """Weights by path ("dense/kernel"), statistics of normalisation included, copied; bf16 as uint16."""
-        return {name: _stored(variable).copy() for name, variable in self._named().items()}
+        return {name: _stored(variable).copy() for name, variable in named_weights(self.model).items()}
 
     def load_weights(self, arrays: Mapping[str, Any]) -> None:
         """Copy weights in by name; raises `BadInput` naming what is missing, left over or of another shape."""
-        own = self._named()
+        own = named_weights(self.model)
         faults = _misfits(own, arrays) + [f"{name} is not in this model" for name in arrays if name not in own]
         if faults:
             more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -173,17 +174,6 @@ class KerasSession:
         """As `model.count_params()` has it: frozen ones and statistics of normalisation included."""
         return int(self.model.count_params())
 
-    def _named(self) -> dict[str, Any]:
-        """The model's weights by path; where layers share one, each further has its number behind it."""
-        named: dict[str, Any] = {}
-        for variable in self.model.weights:
-            name, number = variable.path, 1
-            while name in named:
-                number += 1
-                name = f"{variable.path}#{number}"
-            named[name] = variable
-        return named
-
 
 def unsupported(job: Job, plan: Plan) -> list[str]:
     """What a job or a plan asks for that Keras jobs do not have, each with what does work."""
@@ -191,8 +181,6 @@ def unsupported(job: Job, plan: Plan) -> list[str]:
     others = [choice.method for choice in plan.choices if choice.method != "micro_batch"]
     if others:
         found.append(f"the plan's {', '.join(others)} cannot be applied to a Keras job, which takes micro_batch alone.")
-    if plan.memory_bytes is not None:
-        found.append("a memory budget cannot be held for a Keras job yet: leave --memory out.")
     if plan.device != "cpu":
         found.append(f"device {plan.device}: Keras jobs are trained on the CPU so far: leave it out.")
     for name in ("step", "predict"):
@@ -214,7 +202,7 @@ def _split(batch: Batch, parts: int) -> Iterator[Batch]:
     for rows in np.array_split(np.arange(batch.count), parts):
         taken = slice(int(rows[0]), int(rows[-1]) + 1)
         inputs = keras.tree.map_structure(lambda array, taken=taken: array[taken], batch.inputs)
-        targets = None if batch.targets is None else batch.targets[taken]
+        targets = keras.tree.map_structure(lambda array, taken=taken: None if array is None else array[taken], batch.targets)
         yield Batch(inputs, targets, batch.index[taken], batch.epoch, len(rows))
 
 

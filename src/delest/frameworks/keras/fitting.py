@@ -1,0 +1,205 @@
+"""Steps of `model.fit` that can be made in parts, with Keras's own loss, metrics and optimizer: on TensorFlow and torch."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from delest import errors
+from delest.frameworks.keras import engines
+from delest.frameworks.keras.optimizers import layers_of
+from delest.hardware import machine
+from delest.training.limit import MARGIN_BYTES
+from delest.units import format_bytes
+
+SMALLEST = 16  # parts of a batch in the first step of a sizing
+MARGIN = 0.1  # of what rows take
+
+
+class FitSteps:
+    """What the memory guard takes for its session. `rows` is the largest part, None: whole batches."""
+
+    def __init__(self, model: keras.Model, rows: int | None = None):
+        self.model, self.parts, self.batch_rows, self._rows = model, 1, 1, rows
+        normalised = any(isinstance(layer, keras.layers.BatchNormalization) for layer in layers_of(model))
+        self.least_rows = 2 if normalised else 1
+        self._engine = engines.choose(model, model.optimizer, self._judged, None)
+        self._results: Callable[[], Any] = engines.compiled(model.get_metrics_result)
+
+    @property
+    def most_parts(self) -> int:
+        """As many parts as a batch can be split into, each with as many rows as the model needs."""
+        return max(1, self.batch_rows // self.least_rows)
+
+    def warm(self) -> None:
+        """Start what computes."""
+        keras.ops.exp(keras.ops.ones((1 << 10,)))
+
+    def see(self, data: Any) -> int:
+        """Take note of a batch's rows before it is stepped."""
+        rows = _rows_of(data)
+        if rows > self.batch_rows:
+            self.batch_rows = rows
+            if self._rows is not None:
+                self.parts = max(self.parts, math.ceil(rows / self._rows))
+        return rows
+
+    def step(self, data: Any) -> Any:
+        """One step on a batch; gives the metrics so far. On failure weights, statistics and metrics are as before, but for an update that fails
+        for want of memory: `OutOfMemory.begun` says so."""
+        rows, phase, back = self.see(data), "forward", self._remember(self.model.non_trainable_variables)
+        try:
+            gradients: list[Any] | None = None
+            for part in self._divided(data, rows):
+                inputs, targets, weights = keras.utils.unpack_x_y_sample_weight(part)
+                judged = {"targets": targets, "weights": weights}
+                _, found = self._engine.gradient(inputs, judged, _rows_of(part) / rows)
+                gradients = found if gradients is None else [a + b for a, b in zip(gradients, found, strict=True)]
+            assert gradients is not None
+            phase = "optimizer"
+            self._engine.update(gradients)
+            return self._results()
+        except Exception as error:
+            back()
+            raise _translated(error, phase) from error
+
+    def evaluate(self, data: Any, whole: Callable[[Any], Any]) -> Any:
+        """What Keras's own `whole` step of an evaluation gives once it had all parts of a batch. On failure metrics are as before."""
+        back, found = self._remember([]), None
+        try:
+            for part in self._divided(data, self.see(data)):
+                found = whole(part)
+            return found
+        except Exception as error:
+            back()
+            raise _translated(error, "evaluation") from error
+
+    def _judged(self, outputs: Any, judged: Any) -> Any:
+        """The loss of a part, of which Keras's trackers are told as in its own step."""
+        targets, weights, model = judged["targets"], judged["weights"], self.model
+        loss = model._compile_loss(targets, outputs, weights)
+        rows = keras.ops.shape(keras.tree.flatten(outputs)[0])[0]
+        model._loss_tracker.update_state(loss + engines.penalties(model.losses), sample_weight=rows)
+        model.compute_metrics(None, targets, outputs, weights)
+        return loss
+
+    def _divided(self, data: Any, rows: int) -> Iterator[Any]:
+        """A batch in nearly equal parts, none larger than those of the largest batch."""
+        count = min(math.ceil(rows / math.ceil(self.batch_rows / self.parts)), max(1, rows // self.least_rows))
+        if count == 1:
+            yield keras.tree.map_structure(_tensor, data)
+            return
+        for part in np.array_split(np.arange(rows), count):
+            taken = slice(int(part[0]), int(part[-1]) + 1)
+            yield keras.tree.map_structure(lambda one, taken=taken: None if one is None else _tensor(one[taken]), data)
+
+    def _remember(self, changing: Any) -> Callable[[], None]:
+        variables = [*changing, *self.model.metrics_variables]
+        values = [keras.ops.copy(variable.value) for variable in variables]
+
+        def back() -> None:
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
+
+        return back
+
+
+class Sizing:
+    """How many rows at a time keep a budget, by two steps in small parts and the line through them: on TensorFlow, which ends the process where an
+    allocation fails, so that no limit can be set for it."""
+
+    def __init__(self, steps: FitSteps, budget_bytes: int):
+        self.steps, self.budget_bytes = steps, budget_bytes
+        self._readings: list[tuple[int, int]] = []  # rows of a part, highest resident bytes
+
+    @property
+    def done(self) -> bool:
+        return len(self._readings) == 2
+
+    def begin(self) -> None:
+        """Before a step: its parts are a sixteenth of a batch, then an eighth."""
+        steps = self.steps
+        rows = max(steps.least_rows, steps.batch_rows // SMALLEST) << len(self._readings)
+        steps.parts = min(steps.most_parts, math.ceil(steps.batch_rows / rows))
+        machine.reset_peak()
+
+    def end(self) -> str | None:
+        """After it: once both were seen the fewest parts that are expected to fit are set; what was decided, in words, where there are several."""
+        steps = self.steps
+        self._readings.append((math.ceil(steps.batch_rows / steps.parts), machine.peak_resident_bytes()))
+        if not self.done:
+            return None
+        (few, low), (more, high) = self._readings
+        a_row = max(0.0, (high - low) / max(1, more - few)) * (1 + MARGIN)
+        room = self.budget_bytes - MARGIN_BYTES - high
+        rows = steps.batch_rows if a_row == 0 and room > 0 else more + math.floor(room / max(1.0, a_row))
+        steps.parts = min(steps.most_parts, math.ceil(steps.batch_rows / max(steps.least_rows, rows)))
+        if steps.parts == 1:
+            return None
+        part = math.ceil(steps.batch_rows / steps.parts)
+        return f"a row takes {format_bytes(a_row)}, of a budget of {format_bytes(self.budget_bytes)}: {steps.parts} parts of {part} rows"
+
+
+def faults_in_fit(model: keras.Model) -> list[str]:
+    """What of a compiled model keeps its steps from being made in parts, in words."""
+    found = []
+    if keras.backend.backend() == "jax":
+        found.append(
+            "memory= and plan= act in model.fit on TensorFlow and torch; on JAX its steps cannot be made in parts. Leave both out, which keeps "
+            "the run folder and early stopping, or train the model by delest.train, which holds budgets on all three."
+        )
+    own = [name for name in ("train_step", "compute_loss", "compute_metrics") if not _is_keras_own(model, name)]
+    if own:
+        found.append(
+            f"this model has a {' and a '.join(own)} of its own, which cannot be made in parts: leave memory= and plan= out."
+        )
+    if model._compile_loss is None:
+        found.append("the model was compiled without a loss, so that its steps cannot be made in parts.")
+    for loss in keras.tree.flatten(model.loss):
+        if getattr(loss, "reduction", "sum_over_batch_size") not in ("sum_over_batch_size", "mean"):
+            found.append(
+                f"the loss {loss.name} has reduction={loss.reduction!r}; parts add up for sum_over_batch_size: use that."
+            )
+    if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+        found.append("the policy mixed_float16 scales losses, which parts do not: use mixed_bfloat16.")
+    if model.steps_per_execution != 1:
+        found.append(f"steps_per_execution is {model.steps_per_execution}: with memory= or plan= compile with 1.")
+    return found
+
+
+def batch_of(given: Any) -> Any:
+    """What Keras's loop hands over for a step: an iterator on TensorFlow, a list of one batch on torch."""
+    return given[0] if isinstance(given, (list, tuple)) else next(given)
+
+
+def rows_of_fit() -> int:
+    """Rows of a batch of the `fit` in which we are called, 0 where they are not known."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if (found := frame.f_locals.get("epoch_iterator")) is not None:
+            return int(found.data_adapter.batch_size or 0)
+        frame = frame.f_back  # type: ignore[assignment]
+    return 0
+
+
+def _is_keras_own(model: keras.Model, name: str) -> bool:
+    return getattr(type(model), name) is getattr(keras.Model, name)
+
+
+def _translated(error: Exception, phase: str) -> Exception:
+    if not engines.is_out_of_memory(error):
+        return error
+    return errors.OutOfMemory(phase, str(error).partition("\n")[0], phase == "optimizer")
+
+
+def _tensor(value: Any) -> Any:
+    return None if value is None else keras.ops.convert_to_tensor(value)
+
+
+def _rows_of(data: Any) -> int:
+    return int(next(one for one in keras.tree.flatten(data) if one is not None).shape[0])

@@ -1,0 +1,200 @@
+"""DelestCallback in model.fit: the same training, in parts where memory is short, with a run folder and early stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+keras = pytest.importorskip("keras", reason="`make test-keras` runs this test where Keras is installed")
+
+from delest import errors  # noqa: E402
+from delest.frameworks.keras.callback import DelestCallback  # noqa: E402
+from delest.records.plan import Choice, Plan  # noqa: E402
+
+ON = keras.backend.backend()
+needs_parts = pytest.mark.skipif(ON == "jax", reason="steps of JAX's fit cannot be made in parts")
+PARTS = Plan(
+    batch_size=32,
+    micro_batch=10,
+    choices=(Choice(method="micro_batch", config={"rows": 10}, keeps="rounding", why="asked for"),),
+)
+
+
+def data(rows: int = 96) -> tuple[Any, Any]:
+    random = np.random.default_rng(0)
+    classes = random.integers(0, 3, rows)
+    return (random.normal(size=(rows, 6)) + classes[:, None]).astype("float32"), classes
+
+
+def model(**how: Any) -> keras.Model:
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+    made = keras.Sequential([keras.Input((6,)), layers.Dense(16, activation="relu", kernel_regularizer="l2"), layers.Dense(3)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    made.compile(optimizer=keras.optimizers.Adam(0.01), **{"loss": loss, "metrics": ["accuracy"], **how})
+    return made
+
+
+def fit(made: keras.Model, *callbacks: Any, epochs: int = 3, **more: Any) -> dict[str, list[float]]:
+    inputs, targets = data()
+    validation = data(40)
+    history = made.fit(
+        inputs,
+        targets,
+        batch_size=32,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=list(callbacks),
+        validation_data=validation,
+        **more,
+    )
+    return history.history
+
+
+def run_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_it_writes_a_run_folder_and_changes_nothing(tmp_path: Path):
+    plain, ours = fit(model()), fit(model(), DelestCallback(out=tmp_path / "run"))
+    for name, values in plain.items():
+        np.testing.assert_allclose(ours[name], values, rtol=1e-5)
+    run = run_of(tmp_path / "run")
+    assert (run["status"], run["steps"], run["plan"]["batch_size"]) == ("done", 9, 32)
+    assert run["versions"].keys() >= {"keras", ON}
+    assert "loss" in run["validation"]
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+@needs_parts
+def test_parts_give_the_same_training(tmp_path: Path):
+    plain, made = fit(model()), model()
+    before = made.train_function
+    ours = fit(made, DelestCallback(plan=PARTS, out=tmp_path / "run"))
+    assert ours.keys() == plain.keys()
+    for name, values in plain.items():
+        np.testing.assert_allclose(ours[name], values, rtol=2e-4, atol=1e-5)
+    run = run_of(tmp_path / "run")
+    assert run["plan"]["micro_batch"] == 8  # 32 rows in 4 parts
+    assert before is None
+    assert fit(made, epochs=1)["loss"][0] < plain["loss"][0]  # the model's own steps are back
+
+
+@needs_parts
+def test_sample_weights_and_several_outputs_in_parts(tmp_path: Path):
+    weights = np.random.default_rng(1).random(96).astype("float32")
+    plain = fit(model(), sample_weight=weights)
+    ours = fit(model(), DelestCallback(plan=PARTS, out=tmp_path / "run"), sample_weight=weights)
+    np.testing.assert_allclose(ours["loss"], plain["loss"], rtol=2e-4)
+
+
+def test_it_stops_early(tmp_path: Path):
+    made = model()
+    made.optimizer.learning_rate = 0.0
+    assert len(fit(made, DelestCallback(out=tmp_path / "run", patience=2), epochs=20)["loss"]) == 3
+    run = run_of(tmp_path / "run")
+    assert run["stopped_by"] == "plateau"
+
+
+def test_an_error_in_a_step_ends_the_run(tmp_path: Path):
+    class Breaks(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            raise ZeroDivisionError("here")
+
+    callback = DelestCallback(out=tmp_path / "run")
+    with pytest.raises(ZeroDivisionError):
+        fit(model(), callback, Breaks())
+    callback.close(ZeroDivisionError())  # who catches the error closes the run
+    assert run_of(tmp_path / "run")["status"] == "failed"
+
+
+class Own(keras.Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = keras.layers.Dense(3)
+
+    def call(self, inputs: Any) -> Any:
+        return self.dense(inputs)
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> Any:
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+
+def test_what_it_cannot_act_in_is_refused(tmp_path: Path):
+    own = Own()
+    own.compile(optimizer="adam", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    cases = [(own, "compute_loss of its own")]
+    summed = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
+    cases += [(model(loss=summed), "reduction='sum'")]
+    if ON == "jax":
+        cases = [(model(), "on JAX its steps cannot be made in parts")]
+    for number, (made, words) in enumerate(cases):
+        with pytest.raises(errors.BadInput, match=words):
+            fit(made, DelestCallback(plan=PARTS, out=tmp_path / f"run-{number}"))
+        assert not (tmp_path / f"run-{number}").exists()
+    other = Plan(
+        batch_size=32, micro_batch=32, choices=(Choice(method="precision", config={"dtype": "bf16"}, keeps="changed", why=""),)
+    )
+    if ON != "jax":
+        with pytest.raises(errors.BadInput, match="takes micro_batch alone"):
+            fit(model(), DelestCallback(plan=other, out=tmp_path / "other"))
+    with pytest.raises(errors.BadInput, match=r"patience is 0"):
+        DelestCallback(patience=0)
+    with pytest.raises(errors.BadInput, match="not a"):
+        DelestCallback("plenty")
+
+
+LIMITED = """
+import resource
+import sys
+
+import keras
+import numpy as np
+
+from delest.frameworks.keras.callback import DelestCallback
+from delest.hardware import machine
+
+keras.utils.set_random_seed(0)
+images = np.random.default_rng(0).random((512, 64, 64, 3), dtype="float32")
+classes = np.arange(512) % 4
+net = keras.Sequential([keras.Input((64, 64, 3))] + [keras.layers.Conv2D(32, 3, padding="same", activation="relu") for _ in range(3)]
+    + [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(4)])
+net.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+net.fit(images[:4], classes[:4], batch_size=4, epochs=1, verbose=0)
+memory = machine.resident_bytes() + (220 << 20)
+callbacks = [DelestCallback(memory, out="run")] if sys.argv[1] == "with" else []
+data, resident = machine.data_and_resident_bytes()
+room = (500 if keras.backend.backend() == "tensorflow" else 300) << 20  # of address space, of which TensorFlow takes more than it touches
+resource.setrlimit(resource.RLIMIT_DATA, (data + room, data + room))
+net.fit(images, classes, batch_size=256, epochs=2, verbose=0, callbacks=callbacks)
+print("finished")
+"""
+
+
+@needs_parts
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_under_a_limit_it_finishes_where_it_dies_without(tmp_path: Path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(how: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", LIMITED, how], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    assert "finished" not in run("without").stdout
+    done = run("with")
+    assert "finished" in done.stdout, done.stderr
+    found = run_of(tmp_path / "run")
+    assert found["status"] == "done"
+    assert any(line["kind"] == "split" for line in found["decisions"])
+    assert found["measured"]["peak_bytes"] <= found["plan"]["memory_bytes"]
