@@ -27,8 +27,9 @@ def compare(
     from delest import verbs
     from delest.reporting import frameworks
 
+    epochs = changes.pop("recipe.epochs", None)  # that are compared: the job keeps its own
     found = options.read_job(job, changes)
-    compared = verbs.compare(found, epochs=changes.get("recipe.epochs"), say=verbs.progress(quiet=quiet), **how)
+    compared = verbs.compare(found, epochs=epochs, say=verbs.progress(quiet=quiet), **how)
     if not any(one.ok for one in compared.results):
         status = errors.CheckFailed.exit_status
     else:

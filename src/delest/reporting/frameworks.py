@@ -6,7 +6,7 @@ from delest.records.frameworks import FrameworkComparison, FrameworkResult
 from delest.reporting import text, words
 from delest.units import format_bytes, format_seconds
 
-HEADER = ("framework", "whole run", "a step", "compiling", "starting", "peak", "of it libraries", "score", "first loss")
+HEADER = ("framework", "whole run", "a step", "warming up", "starting", "peak", "of it libraries", "score", "first loss")
 
 
 def frameworks_text(found: FrameworkComparison) -> str:
