@@ -26,7 +26,7 @@ AS_IT_IS = (
 MAPPED_BYTES = (
     32 << 20
 )  # from which on malloc gives a tensor pages of its own, which go back when it does (mallopt(3), M_MMAP_THRESHOLD)
-RETURNED = ", with malloc giving large blocks back as it does at this size"
+RETURNED = ", as far as tensors are large enough here through steps with malloc giving blocks back"
 NO_METHODS = "a Keras job fits a budget by parts of its batches alone: no other methods were compared."
 
 
@@ -146,21 +146,44 @@ def sweep_keras(
     largest = max(min(batch, micro_batch or batch) for batch in batch_sizes)
     sizes = _sizes(largest, len(place.splits["train"]))
     answers = _measured(place, sizes, threads, say)
-    model, lines = answers[-1]["model"], {False: _probe_of(answers)}
+    model, kept = answers[-1]["model"], _probe_of(answers)  # where malloc keeps what is given back, at these sizes
+    returned: dict[str, Any] | None = None
     rows, found = " and ".join(map(str, sizes)), []
     for batch in batch_sizes:
         part = min(batch, micro_batch or batch)
-        crosses = sizes[-1] * model["largest_row_bytes"] < MAPPED_BYTES <= part * model["largest_row_bytes"]
-        if crosses and True not in lines:
-            lines[True] = _probe_of(_measured(place, sizes, threads, say, environment=malloc.environment("mmap")))
-        examined = lines[crosses]
-        costs = Costs(examined["idle_bytes"], examined)
-        seconds = Costs(0, lines[False]).seconds(batch)
-        footprint = costs.footprint(part, batch, seconds, "cpu", True)
+        costs = Costs(kept["idle_bytes"], kept)
+        footprint = costs.footprint(part, batch, costs.seconds(batch), "cpu", True)
+        share = _returned_share(model["outputs_bytes_a_row"], sizes[-1], part)
+        if share:
+            if returned is None:
+                returned = _probe_of(_measured(place, sizes, threads, say, environment=malloc.environment("mmap")))
+            other = Costs(returned["idle_bytes"], returned).footprint(part, batch, 0.0, "cpu", True)
+            footprint = _between(footprint, other, share)
         parts = broken_down(model, part, footprint.runtime_bytes, footprint.peak_bytes)
-        notes = (f"by real steps on {rows} rows, in a process each, and the line through them{RETURNED if crosses else ''}.",)
+        notes = (f"by real steps on {rows} rows, in a process each, and the line through them{RETURNED if share else ''}.",)
         found.append(replace(footprint, breakdown=parts, notes=notes))
     return tuple(found)
+
+
+def _returned_share(outputs: Sequence[float], probed: int, rows: int) -> float:
+    """Of what layers give, by bytes: in tensors whose memory goes back to the system at so many rows, and did not where it was probed."""
+    crossing = sum(size for size in outputs if size * probed < MAPPED_BYTES <= size * rows)
+    return crossing / max(1.0, sum(outputs))
+
+
+def _between(one: Footprint, other: Footprint, share: float) -> Footprint:
+    """A footprint so far from the first to the second."""
+
+    def mixed(a: int, b: int) -> int:
+        return int(a + share * (b - a))
+
+    return replace(
+        one,
+        peak_bytes=mixed(one.peak_bytes, other.peak_bytes),
+        low_bytes=mixed(one.low_bytes, other.low_bytes),
+        high_bytes=mixed(one.high_bytes, other.high_bytes),
+        phases={name: mixed(size, other.phases[name]) for name, size in one.phases.items()},
+    )
 
 
 def measure_keras(

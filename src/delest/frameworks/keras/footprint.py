@@ -158,7 +158,7 @@ def _facts(session: KerasSession, batch: Batch, *, largest: int) -> dict[str, An
         "parameters": session.parameters(),
         "batch_statistics": any(isinstance(layer, keras.layers.BatchNormalization) for layer in layers_of(session.model)),
         "largest_bytes": max(0, largest),
-        "largest_row_bytes": max((_bytes([output]) / few for _, output in outputs), default=0.0),
+        "outputs_bytes_a_row": [_bytes([output]) / few for _, output in outputs],
         "bytes": {
             "parameters": _bytes(session.model.weights),
             "gradients": _bytes(session.model.trainable_variables),
