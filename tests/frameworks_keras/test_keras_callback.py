@@ -150,8 +150,17 @@ def test_what_it_cannot_act_in_is_refused(tmp_path: Path):
             fit(model(), DelestCallback(plan=other, out=tmp_path / "other"))
     with pytest.raises(errors.BadInput, match=r"patience is 0"):
         DelestCallback(patience=0)
+    inputs, targets = data()
+    with pytest.raises(errors.BadInput, match="give fit validation_data="):
+        model().fit(inputs, targets, verbose=0, callbacks=[DelestCallback(patience=1, out=tmp_path / "unjudged")])
     with pytest.raises(errors.BadInput, match="not a"):
         DelestCallback("plenty")
+
+
+@needs_parts
+def test_a_budget_below_what_the_libraries_take_is_refused(tmp_path: Path):
+    with pytest.raises(errors.NothingFits, match="memory="):
+        fit(model(), DelestCallback("1MiB", out=tmp_path / "run"))
 
 
 LIMITED = """

@@ -184,6 +184,8 @@ def odd() -> Any:
     inputs = keras.Input((20,))
     x = K.Dense(24, activation="relu")(inputs)
     x = K.LayerNormalization()(x)  # over all channels: kept
+    x = K.Dense(12, activation="relu")(x) * np.arange(12, dtype="float32")  # values of single channels: kept
+    x = K.Activation("sparsemax")(K.Dense(8)(x))  # over all channels: kept
     return keras.Model(inputs, K.Dense(3)(K.Dense(16, activation="relu")(x)))
 
 

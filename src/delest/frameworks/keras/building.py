@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import traceback
 import zipfile
 from collections.abc import Iterator
@@ -85,7 +86,8 @@ def where(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "site-packages" not in frame.filename and "/delest/" not in frame.filename]
     place = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    words = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Keras prints in bold
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}{place}"
 
 

@@ -16,7 +16,7 @@ import keras
 from delest import errors
 from delest.frameworks import wishes
 from delest.frameworks.keras import KerasBackend
-from delest.frameworks.keras.fitting import FitSteps, Sizing, batch_of, faults_in_fit, rows_of_fit
+from delest.frameworks.keras.fitting import FitSteps, Sizing, batch_of, check_budget, faults_in_fit, rows_of_fit
 from delest.frameworks.record import Record
 from delest.records.plan import Plan
 from delest.training.guard import Guard
@@ -49,22 +49,14 @@ class DelestCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         model, given = self.model, self.wishes
-        if faults := self._faults():
+        if given.acts and (faults := faults_in_fit(model, given.followed)):
             raise errors.BadInput(faults)
+        check_budget(given.budget_bytes)
         self._rows = rows_of_fit()
         job = {"name": model.name, "loop": f"Keras {keras.__version__}", "optimizer": model.optimizer.name, "origin": None}
         self.record = Record(given.out, job, given.followed, 1, KerasBackend().versions())
         if given.acts:
             self._take_over()
-
-    def _faults(self) -> list[str]:
-        if not self.wishes.acts:
-            return []
-        others = [one.method for one in self.wishes.followed.choices if one.method != "micro_batch"]
-        more = (
-            [f"the plan's {', '.join(others)} cannot be applied in model.fit, which takes micro_batch alone."] if others else []
-        )
-        return faults_in_fit(self.model) + more
 
     def _take_over(self) -> None:
         """Put our steps in place of the model's own, until training ends."""
@@ -73,8 +65,8 @@ class DelestCallback(keras.callbacks.Callback):
         self.steps = FitSteps(model, plan.micro_batch if plan is not None else None)
         self.guard = Guard(self.steps, 1, self.record.note)
         self.guard.option = "memory="
-        budget = self.wishes.budget_bytes if keras.backend.backend() == "tensorflow" else None
-        self.sizing = None if budget is None else Sizing(self.steps, budget)
+        budget, on_tensorflow = self.wishes.budget_bytes, keras.backend.backend() == "tensorflow"
+        self.sizing = Sizing(self.steps, budget) if budget is not None and on_tensorflow else None
         before = {name: getattr(model, name) for name in ("train_function", "test_function")}
         make_test_function = model.make_test_function
 
@@ -97,7 +89,7 @@ class DelestCallback(keras.callbacks.Callback):
                 setattr(model, name, function)
 
         self._open.callback(back)
-        self._open.enter_context(self.guard.watching(self.wishes.budget_bytes if self.sizing is None else None))
+        self._open.enter_context(self.guard.watching(budget if self.sizing is None else None))
 
     def _whole_test(self, part: Any) -> Any:
         return self._test(iter([part]) if keras.backend.backend() == "tensorflow" else [part])
@@ -105,8 +97,7 @@ class DelestCallback(keras.callbacks.Callback):
     def _attempt(self, batch: Any, work: Any, *, evaluating: bool = False) -> Any:
         """Work on a batch, in as many parts as fit. An error, of which callbacks are not told, ends the run."""
         assert self.record is not None
-        rows = self.steps.see(batch)
-        self._rows, self.guard.batch_size = max(self._rows, rows), self.steps.batch_rows
+        self._rows, self.guard.batch_size = max(self._rows, self.steps.see(batch)), self.steps.batch_rows
         sizing = None if evaluating or self.sizing is None or self.sizing.done else self.sizing
         try:
             if sizing is not None:
@@ -131,7 +122,9 @@ class DelestCallback(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         values = {name: value for name, value in (logs or {}).items() if name.startswith("val_")}
-        if self.record is not None and (values or self.wishes.patience is not None):
+        if self.wishes.patience is not None and not values:
+            raise errors.BadInput("patience counts evaluations: give fit validation_data= or validation_split=.")
+        if self.record is not None and values:
             self.model.stop_training |= self.record.evaluated(
                 values, self.wishes.monitor, self.wishes.mode, self.wishes.patience
             )
@@ -145,6 +138,5 @@ class DelestCallback(keras.callbacks.Callback):
         if record is None:
             return
         self._open.close()
-        parts = self.steps.parts if self.wishes.acts else 1
-        rows = max(1, self._rows)
+        rows, parts = max(1, self._rows), self.steps.parts if self.wishes.acts else 1
         record.finish(rows, math.ceil(rows / parts), self.model.count_params(), error)

@@ -14,10 +14,11 @@ from delest import errors
 from delest.frameworks.keras import engines
 from delest.frameworks.keras.optimizers import layers_of
 from delest.hardware import machine
-from delest.training.limit import MARGIN_BYTES
+from delest.records.plan import Plan
+from delest.training.limit import MARGIN_BYTES, too_small
 from delest.units import format_bytes
 
-SMALLEST = 16  # parts of a batch in the first step of a sizing
+SMALLEST, FEWEST = 16, 4  # parts of a batch in the first step of a sizing; the second has half as many
 MARGIN = 0.1  # of what rows take
 
 
@@ -122,9 +123,9 @@ class Sizing:
         return len(self._readings) == 2
 
     def begin(self) -> None:
-        """Before a step: its parts are a sixteenth of a batch, then an eighth."""
+        """Before a step: its parts are a sixteenth of a batch, then an eighth; a quarter and a half where rows are normalised by each other."""
         steps = self.steps
-        rows = max(steps.least_rows, steps.batch_rows // SMALLEST) << len(self._readings)
+        rows = max(steps.least_rows, steps.batch_rows // (SMALLEST if steps.least_rows == 1 else FEWEST)) << len(self._readings)
         steps.parts = min(steps.most_parts, math.ceil(steps.batch_rows / rows))
         machine.reset_peak()
 
@@ -137,6 +138,10 @@ class Sizing:
         (few, low), (more, high) = self._readings
         a_row = max(0.0, (high - low) / max(1, more - few)) * (1 + MARGIN)
         room = self.budget_bytes - MARGIN_BYTES - high
+        least = high - math.floor(a_row * (more - steps.least_rows))
+        if least + MARGIN_BYTES > self.budget_bytes:
+            why = f"steps on {few} and {more} rows came to {format_bytes(low)} and {format_bytes(high)}"
+            raise too_small(self.budget_bytes, least + MARGIN_BYTES, why, "", "memory=")
         rows = steps.batch_rows if a_row == 0 and room > 0 else more + math.floor(room / max(1.0, a_row))
         steps.parts = min(steps.most_parts, math.ceil(steps.batch_rows / max(steps.least_rows, rows)))
         if steps.parts == 1:
@@ -145,9 +150,18 @@ class Sizing:
         return f"a row takes {format_bytes(a_row)}, of a budget of {format_bytes(self.budget_bytes)}: {steps.parts} parts of {part} rows"
 
 
-def faults_in_fit(model: keras.Model) -> list[str]:
-    """What of a compiled model keeps its steps from being made in parts, in words."""
-    found = []
+def check_budget(budget_bytes: int | None) -> None:
+    """Raise `NothingFits` for a budget that is less than what is resident before the training."""
+    resident = machine.resident_bytes()
+    if budget_bytes is not None and resident > budget_bytes:
+        why = f"before training {format_bytes(resident)} are resident already"
+        raise too_small(budget_bytes, resident, why, "", "memory=")
+
+
+def faults_in_fit(model: keras.Model, plan: Plan) -> list[str]:
+    """What of a compiled model, or of a plan, keeps steps from being made in parts, in words."""
+    others = [one.method for one in plan.choices if one.method != "micro_batch"]
+    found = [f"the plan's {', '.join(others)} cannot be applied in model.fit, which takes micro_batch alone."] if others else []
     if keras.backend.backend() == "jax":
         found.append(
             "memory= and plan= act in model.fit on TensorFlow and torch; on JAX its steps cannot be made in parts. Leave both out, which keeps "

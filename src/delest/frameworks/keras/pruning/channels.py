@@ -78,7 +78,37 @@ _ELEMENTWISE = {
     "Square",
 }
 _ELEMENTWISE_MERGES = {"Add", "Subtract", "Multiply", "Divide", "TrueDivide", "Maximum", "Minimum"}
-_OVER_CHANNELS = {"softmax", "log_softmax", "glu"}  # activations
+_ACTIVATIONS = {  # that handle every channel by itself
+    *(
+        "",
+        "linear",
+        "relu",
+        "relu6",
+        "leaky_relu",
+        "elu",
+        "selu",
+        "celu",
+        "gelu",
+        "silu",
+        "swish",
+        "sigmoid",
+        "hard_sigmoid",
+        "hard_silu",
+    ),
+    *(
+        "hard_swish",
+        "hard_tanh",
+        "tanh",
+        "tanh_shrink",
+        "softplus",
+        "softsign",
+        "mish",
+        "exponential",
+        "log_sigmoid",
+        "threshold",
+    ),
+    *("squareplus", "soft_shrink", "hard_shrink", "sparse_plus"),
+}
 
 
 @dataclass
@@ -186,10 +216,10 @@ def _rule(operation: Any, node: Any, given: Sequence[Ids], found: Channels) -> I
     """Numbers of the only output; None where there is no rule."""
     kind, first = type(operation).__name__, given[0]
     last = getattr(operation, "data_format", "channels_last") == "channels_last"
-    if isinstance(operation, layers.Layer) and not last:
+    if not type(operation).__module__.startswith("keras.") or not last or _has_arrays(node):  # a subclass may do anything
         return None
-    activation = getattr(getattr(operation, "activation", None), "__name__", "")
-    if isinstance(operation, layers.Layer) and activation in _OVER_CHANNELS:
+    function = getattr(operation, "activation", None)
+    if isinstance(operation, layers.Layer) and function is not None and _name_of(function) not in _ACTIVATIONS:
         return None
     if isinstance(operation, (*_MAKING, *_SEPARABLE, *_TRANSPOSED)):
         if getattr(operation, "groups", 1) != 1 or getattr(operation, "depth_multiplier", 1) != 1 or len(given) != 1:
@@ -221,6 +251,17 @@ def _rule(operation: Any, node: Any, given: Sequence[Ids], found: Channels) -> I
         found.layers[path_of(operation)] = operation
         return first
     return None
+
+
+def _has_arrays(node: Any) -> bool:
+    """Whether values for single channels are among what an operation is called with."""
+    given = keras.tree.flatten([node.arguments.args, node.arguments.kwargs])
+    return any(getattr(one, "ndim", 0) > 0 for one in given if not isinstance(one, keras.KerasTensor))
+
+
+def _name_of(function: Any) -> str:
+    """Of an activation of Keras's own; of another one that no rule knows."""
+    return str(getattr(function, "__name__", "?")) if getattr(function, "__module__", "").startswith("keras.") else "?"
 
 
 def _making(layer: Any, node: Any, ids: Ids, found: Channels) -> Ids:
