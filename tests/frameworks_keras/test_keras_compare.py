@@ -72,7 +72,7 @@ def test_the_layer_that_differs_is_named(tmp_path: Path):
     shown = call(tmp_path, "tiny.py", "--backends", "torch,jax", "--epochs", "1", "--priority", "memory")
     assert shown.startswith("take ")
     assert "1 epoch of 14 steps of 32 rows each, from the same weights; the whole run is 9 epochs" in " ".join(shown.split())
-    assert "the first layer that gives something else is sequential/odd" in " ".join(shown.split())
+    assert "the first that gives something else is sequential/odd" in " ".join(shown.split())
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path):

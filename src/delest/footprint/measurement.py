@@ -27,7 +27,7 @@ from delest.backends.torch.session import TorchSession
 from delest.data import Feed, Preprocessing, open_job
 from delest.footprint.probe import _first, _release
 from delest.footprint.replay import replay
-from delest.footprint.time import step_time
+from delest.footprint.time import spread, step_time
 from delest.hardware import machine
 from delest.hardware.roofline import measure_roofline
 from delest.job import Job
@@ -224,7 +224,7 @@ def _put_together(readings: _Readings, gauge: _Gauge, rows: int) -> Footprint:
         breakdown=_break_down({}, gauge.runtime, peak),
         allocated_bytes=gauge.allocated or None,
         step_seconds=statistics.median(readings.seconds),
-        step_seconds_spread=_spread(readings.seconds),
+        step_seconds_spread=spread(readings.seconds),
         waiting_seconds=statistics.median(readings.waiting),
         batch_size=rows,
         micro_batch=rows,
@@ -291,11 +291,3 @@ def _break_down(live: dict[str, int], runtime: int, peak: int) -> dict[str, int]
         parts[name] -= untouched
         missing -= untouched
     return {**parts, "runtime": runtime}
-
-
-def _spread(seconds: list[float]) -> float:
-    """The interquartile range, 0 of a single value."""
-    if len(seconds) < 2:
-        return 0.0
-    lower, _, upper = statistics.quantiles(seconds, n=4, method="inclusive")
-    return upper - lower

@@ -7,6 +7,7 @@ memory that the system has to give it. On a processor the libraries' kernels cop
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -259,3 +260,11 @@ def _fresh_bytes(trace: Trace, rows: int, allocator: str) -> list[float]:
                 mapped.allocate(size)
             fresh[k] = float(mapped.held_bytes - before_bytes)
     return fresh
+
+
+def spread(seconds: list[float]) -> float:
+    """The interquartile range, 0 of a single value."""
+    if len(seconds) < 2:
+        return 0.0
+    lower, _, upper = statistics.quantiles(seconds, n=4, method="inclusive")
+    return upper - lower

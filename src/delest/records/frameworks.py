@@ -24,8 +24,8 @@ class FrameworkResult:
     runtime_bytes: int | None = None  # of it before the model
     first_loss: float | None = None  # of the first training batch in evaluation mode, before any step
     loss_difference: float | None = None  # from the first framework's, as a share of it
-    differs_at: str | None = None  # the first layer whose output is another than the first framework's
-    validation: dict[str, float] = field(default_factory=dict)  # after the last epoch's best
+    differs_at: str | None = None  # the first layer whose output is another than the first framework's, or "the loss"
+    validation: dict[str, float] = field(default_factory=dict)  # of the best epoch
 
     @property
     def ok(self) -> bool:

@@ -63,4 +63,4 @@ def _agreement(one: FrameworkResult) -> str:
 
 
 def _apart(one: FrameworkResult) -> str:
-    return f"the first loss differs by {one.loss_difference:.1%}; the first layer that gives something else is {one.differs_at}"
+    return f"the first loss differs by {one.loss_difference:.1%}; the first that gives something else is {one.differs_at}"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from delest import errors, job as jobs, processes, storage, units
 from delest.records.frameworks import PRIORITIES, FrameworkComparison, FrameworkResult
 from delest.verbs.keras_jobs import is_keras
+from delest.verbs.memory import read_budget
 from delest.verbs.workplace import Workplace, backend, build_trainer, check_batch, open_workplace, preprocessing_json
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def compare(
         raise errors.BadInput(jobs.unknown("priority", str(priority), PRIORITIES))
     if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
         raise errors.BadInput(f"{epochs!r} epochs cannot be compared: give 1 or more.")
-    budget = None if memory is None else units.read_size(memory)
+    budget = read_budget(memory)
     if "keras" not in sys.modules:
         os.environ.setdefault("KERAS_BACKEND", names[0])  # which is installed: the job's file loads it
     place = open_workplace(jobs.load(job), say)
@@ -259,7 +260,7 @@ def _compared(found: list[FrameworkResult], folder: Path) -> tuple[FrameworkResu
             difference = abs(one.first_loss - first.first_loss) / max(1e-6, abs(first.first_loss))
             at = None
             if not difference <= TOLERANCE:  # NaN too
-                at = first_difference(folder / f"{first.name}.npz", folder / f"{one.name}.npz")
+                at = first_difference(folder / f"{first.name}.npz", folder / f"{one.name}.npz") or "the loss"
             one = replace(one, loss_difference=difference, differs_at=at)
         results.append(one)
     return tuple(results)

@@ -19,6 +19,7 @@ import numpy as np
 
 from delest import malloc
 from delest.data import Feed, Preprocessing, open_job
+from delest.footprint.time import spread
 from delest.frameworks.keras import KerasBackend, building
 from delest.frameworks.keras.layers import answers_of_layers
 from delest.frameworks.keras.optimizers import layers_of
@@ -87,7 +88,7 @@ def measure_job(
         phases=phases,
         breakdown=broken_down(model, rows, idle, peak),
         step_seconds=statistics.median(seconds),
-        step_seconds_spread=_spread(seconds),
+        step_seconds_spread=spread(seconds),
         waiting_seconds=statistics.median(pair[0] for pair in timed),
         batch_size=rows,
         micro_batch=rows,
@@ -203,11 +204,3 @@ class _Single:
 
     def ordered(self) -> Iterator[Batch]:
         return iter([self.batch])
-
-
-def _spread(seconds: list[float]) -> float:
-    """The interquartile range, 0 of a single value."""
-    if len(seconds) < 2:
-        return 0.0
-    lower, _, upper = statistics.quantiles(seconds, n=4, method="inclusive")
-    return upper - lower
