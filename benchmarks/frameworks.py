@@ -1,0 +1,102 @@
+"""Keras jobs on three frameworks, as `model.fit` trains them and as delest does; and whether `delest compare` names the best.
+
+    python benchmarks/frameworks.py [--only ROW]      # in an environment with delest[keras]
+
+A row is a model: on each framework, one process after the other, `model.fit` with its defaults, `delest.train` with no budget, and with a budget of what the fit took above
+its libraries less 40 % (where nothing fits, the smallest budget that works); then `delest compare`. Memory is the highest resident set less that of the process with its
+framework started and its data there. Recommended should be what `delest.train` with no budget ends soonest with, by the same account: warming up and the job's steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import results_file
+
+HERE = Path(__file__).parent
+MODELS = ("cnn", "mlp", "transformer", "recommender")
+FRAMEWORKS = ("tensorflow", "jax", "torch")
+EPOCHS = 3
+SHARE = 0.6  # of a fit's memory, which is asked for
+FASTER, LESS = 1.3, 0.3
+
+
+def run(framework: str, *words: str) -> dict[str, Any]:
+    environment = {**os.environ, "KERAS_BACKEND": framework, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{framework}: {' '.join(words)}: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1] if "frameworks_child" in words[0] else done.stdout)
+    return found
+
+
+def trained(framework: str, how: str, model: str, *memory: int) -> dict[str, Any]:
+    found = run(framework, str(HERE / "frameworks_child.py"), how, model, str(EPOCHS), *map(str, memory))
+    if "smallest_bytes" in found:
+        return {**trained(framework, how, model, found["smallest_bytes"]), "asked_bytes": memory[0]}
+    found["above_idle_bytes"] = found["peak_bytes"] - found["idle_bytes"]
+    return {**found, "budget_bytes": memory[0]} if memory else found
+
+
+def measure(model: str) -> dict[str, Any]:
+    row: dict[str, Any] = {"row": model}
+    for framework in FRAMEWORKS:
+        fit, free = (trained(framework, how, model) for how in ("fit", "delest"))
+        within = trained(framework, "delest", model, fit["idle_bytes"] + int(SHARE * fit["above_idle_bytes"]))
+        row[framework] = {"fit": fit, "delest": free, "within": within}
+    job = f"{HERE / 'keras_models.py'}:{model}_job"
+    told = run(FRAMEWORKS[0], "-m", "delest", "compare", job, "--epochs", str(EPOCHS), "--json")
+    row["recommended"] = told["recommended"]
+    row["best"] = min(FRAMEWORKS, key=lambda name: whole_seconds(row[name]["delest"]))
+    row["compared"] = {one["name"]: one["whole_seconds"] for one in told["results"]}
+    return row
+
+
+def whole_seconds(found: dict[str, Any]) -> float:
+    return float(found["warming_seconds"] + found["steps"] * found["step_seconds"])
+
+
+def gains(row: dict[str, Any], framework: str, way: str) -> tuple[float, float]:
+    """(how many times as fast a step is as fit's, the share of its memory that is saved)"""
+    fit, ours = row[framework]["fit"], row[framework][way]
+    return fit["step_seconds"] / ours["step_seconds"], 1 - ours["above_idle_bytes"] / fit["above_idle_bytes"]
+
+
+def show(row: dict[str, Any]) -> None:
+    for framework in FRAMEWORKS:
+        for way in ("fit", "delest", "within"):
+            one = row[framework][way]
+            times, saved = gains(row, framework, way)
+            print(
+                f"{row['row']:12} {framework:10} {way:7} {one['step_seconds'] * 1e3:8.1f} ms a step, {one['above_idle_bytes'] / 2**20:6,.0f} MiB: "
+                f"{times:.2f} times as fast, {saved:+.0%} saved",
+                flush=True,
+            )
+    print(f"{row['row']:12} recommended {row['recommended']}, best {row['best']}", flush=True)
+
+
+def bounds_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    cells = [[gains(row, framework, way) for way in ("delest", "within")] for row in rows for framework in FRAMEWORKS]
+    reached = [max(max(times / FASTER, (1 - LESS) / (1 - saved)) for times, saved in cell) for cell in cells]
+    worse = [times < 1 and saved < 0 for cell in cells for times, saved in cell]
+    right = sum(row["recommended"] == row["best"] for row in rows)
+    return [
+        results_file.bound_at_least("1.3 times faster or 30 % less memory than model.fit, of it in the median", statistics.median(reached), 1.0),
+        results_file.bound_at_most("slower and larger than model.fit, trainings", sum(worse), 0),
+        results_file.bound_at_least("the recommended framework is the best, models", right, len(rows)),
+    ]
+
+
+def main() -> None:
+    options = results_file.read_options(__doc__.splitlines()[0], MODELS)
+    results_file.fill_table("frameworks", MODELS, options, measure, bounds_of, show)
+
+
+if __name__ == "__main__":
+    main()
