@@ -9,6 +9,7 @@ Both train on the same rows with Adam, by KERAS_BACKEND.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -20,28 +21,28 @@ import keras
 import keras_models
 import numpy as np
 
+import delest
 from delest import errors, job as jobs, malloc
+from delest.frameworks.keras.session import KerasSession
 from delest.hardware import machine
 from delest.training.progress import Progress
+from delest.verbs import training as _training  # noqa: F401  # loaded before memory is read, as all other libraries
 from delest.verbs.workplace import Workplace, open_workplace
-
 
 LR = 1e-3  # Keras's default, and delest's for Adam
 
 
 class Clock:
-    """When steps began, by epoch, and when each epoch's last one had ended."""
+    """When steps began, by epoch, and when the last one of each had ended."""
 
     def __init__(self) -> None:
         self.starts: list[list[float]] = []
         self.ends: list[float] = []
 
     def facts(self) -> dict[str, Any]:
-        """Seconds of a steady step (the mean of the last epoch) and those that steps took beyond as many steady ones, which is warming up."""
-        steps = [
-            (ends - starts[0]) / len(starts) for starts, ends in zip(self.starts, self.ends, strict=True)
-        ]
-        steady, count = steps[-1], sum(map(len, self.starts))
+        """Seconds of a steady step (the median of the epochs' means, but for the first) and those that steps took beyond as many steady ones: warming up."""
+        steps = [(ends - starts[0]) / len(starts) for starts, ends in zip(self.starts, self.ends, strict=True)]
+        steady, count = statistics.median(steps[1:] or steps), sum(map(len, self.starts))
         whole = sum(step * len(starts) for step, starts in zip(steps, self.starts, strict=True))
         return {"step_seconds": steady, "steps": count, "warming_seconds": max(0.0, whole - steady * count)}
 
@@ -77,17 +78,15 @@ def compiled(place: Workplace) -> keras.Model:
     return model
 
 
-def by_fit(place: Workplace, epochs: int, clock: Clock) -> float:
+def by_fit(place: Workplace, epochs: int, clock: Clock) -> int:
+    """The highest resident bytes."""
     x, y = arrays(place)
-    history = compiled(place).fit(x, y, batch_size=place.job.batch_size, epochs=epochs, verbose=0, callbacks=[Told(clock)])
-    return float(history.history["loss"][-1])
+    compiled(place).fit(x, y, batch_size=place.job.batch_size, epochs=epochs, verbose=0, callbacks=[Told(clock)])
+    return machine.peak_resident_bytes()
 
 
-def by_delest(place: Workplace, epochs: int, clock: Clock, memory: int | None, folder: Path) -> tuple[float, int]:
-    """(the last loss, the highest resident bytes)"""
-    import delest
-    from delest.frameworks.keras.session import KerasSession
-
+def by_delest(place: Workplace, epochs: int, clock: Clock, memory: int | None, folder: Path) -> int:
+    """The highest resident bytes."""
     step, steps = KerasSession.step, place.feed("train").steps
 
     def timed(session: Any, batch: Any, rate: float) -> Any:
@@ -104,7 +103,7 @@ def by_delest(place: Workplace, epochs: int, clock: Clock, memory: int | None, f
     job = replace(place.job, recipe=replace(place.job.recipe, epochs=epochs, patience=epochs))
     run = delest.train(job, memory=memory, out=folder / "run", say=Progress())
     assert run.measured is not None
-    return float(run.validation["loss"]), max(run.measured.peak_bytes, machine.peak_resident_bytes())
+    return max(run.measured.peak_bytes, machine.peak_resident_bytes())
 
 
 def opened(model: str) -> Workplace:
@@ -124,13 +123,13 @@ def main() -> None:
         folder = Path(temporary)
         try:
             if how == "delest":
-                loss, peak = by_delest(place, int(epochs), clock, memory, folder)
+                peak = by_delest(place, int(epochs), clock, memory, folder)
             else:
-                loss, peak = by_fit(place, int(epochs), clock), machine.peak_resident_bytes()
+                peak = by_fit(place, int(epochs), clock)
         except errors.NothingFits as error:
             print(json.dumps({"smallest_bytes": error.smallest_bytes}))
             return
-    facts = {"seconds": time.perf_counter() - began, "peak_bytes": peak, "idle_bytes": idle, "loss": loss}
+    facts = {"seconds": time.perf_counter() - began, "peak_bytes": peak, "idle_bytes": idle}
     print(json.dumps({**facts, **clock.facts()}))
 
 

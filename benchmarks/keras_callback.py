@@ -73,7 +73,9 @@ def turns(model: str) -> dict[str, Any]:
                 models[way].fit(x, y, batch_size=place.job.batch_size, epochs=1, verbose=0, callbacks=callbacks)
                 if turn:
                     moments = [*clock.starts[0], clock.ends[0]]
-                    steps[way] += [after - before for before, after in zip(moments[SKIPPED:], moments[SKIPPED + 1 :], strict=False)]
+                    steps[way] += [
+                        after - before for before, after in zip(moments[SKIPPED:], moments[SKIPPED + 1 :], strict=False)
+                    ]
                     around[way].append(time.perf_counter() - began - (moments[-1] - moments[0]))
     return {
         "step_seconds": {way: statistics.median(found) for way, found in steps.items()},
@@ -116,13 +118,17 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
 
 def show(row: dict[str, Any]) -> None:
     step, held = row["step_seconds"]["fit"] * 1e3, row.get("held")
-    under = "was not found" if "room_bytes" not in row else f"of {row['room_bytes'] / 2**20:,.0f} MiB: with it {'died' if held is None else f'{held["parts"]} parts'}"
+    end = "died" if held is None else f"{held['parts']} parts"
+    under = f"of {row['room_bytes'] / 2**20:,.0f} MiB: with it {end}" if "room_bytes" in row else "was not found"
     costs = ", ".join(f"{way} {times:.3f}" for way, times in ratios(row).items())
     print(f"{row['row']:24} {step:8.1f} ms a step; {costs}; a limit under which fit dies {under}", flush=True)
 
 
 def bounds_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = [results_file.bound_at_most(f"{way}, times as long as fit, worst", max(ratios(row)[way] for row in rows), SLOWER) for way in WAYS[1:]]
+    found = [
+        results_file.bound_at_most(f"{way}, times as long as fit, worst", max(ratios(row)[way] for row in rows), SLOWER)
+        for way in WAYS[1:]
+    ]
     held = sum(row.get("held") is not None for row in rows)
     return [*found, results_file.bound_at_least("finishes under a limit under which fit dies, of 6", held, len(rows))]
 

@@ -12,6 +12,7 @@ import keras
 from keras import ops
 
 from delest import errors
+from delest.frameworks.keras.kernels import Kernels
 
 
 class Engine(Protocol):
@@ -90,10 +91,11 @@ class _TensorFlow:
         import tensorflow as tf
 
         variables, mean = model.trainable_variables, tf.autograph.experimental.do_not_convert(mean)
+        kernels = Kernels(model)
 
         @tf.function(reduce_retracing=True)
         def gradient(inputs: Any, targets: Any, share: Any) -> Any:
-            with tf.GradientTape() as tape:
+            with tf.GradientTape() as tape, kernels.used():
                 loss = (mean(model(inputs, training=True), targets) + penalties(model.losses)) * share
             values = [variable.value for variable in variables]
             found = tape.gradient(loss, values, unconnected_gradients=tf.UnconnectedGradients.ZERO)
@@ -122,10 +124,12 @@ class _Jax:
 
         self.model, self.optimizer = model, optimizer
         trainable, others = model.trainable_variables, model.non_trainable_variables
+        kernels = Kernels(model)
 
         # `model.stateless_call` goes past `__call__`: a model whose `call` takes no `training` would then train without dropout.
         def loss_of(trained: Any, rest: Any, inputs: Any, targets: Any, share: Any) -> Any:
-            with keras.StatelessScope(zip([*trainable, *others], [*trained, *rest], strict=True), collect_losses=True) as scope:
+            values = zip([*trainable, *others], [*trained, *rest], strict=True)
+            with keras.StatelessScope(values, collect_losses=True) as scope, kernels.used():
                 outputs = model(inputs, training=True)
                 loss = (mean(outputs, targets) + penalties(model.losses)) * share
             return loss, [scope.get_current_value(variable) for variable in others]
@@ -166,11 +170,13 @@ class _Torch:
 
     def __init__(self, model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None):
         self.model, self.optimizer, self.mean, self.clip = model, optimizer, mean, clip
+        self.kernels = Kernels(model)
 
     def gradient(self, inputs: Any, targets: Any, share: float) -> tuple[Any, list[Any]]:
         import torch
 
-        loss = (self.mean(self.model(inputs, training=True), targets) + penalties(self.model.losses)) * share
+        with self.kernels.used():
+            loss = (self.mean(self.model(inputs, training=True), targets) + penalties(self.model.losses)) * share
         values = _values(self.model.trainable_variables)
         return loss.detach(), list(torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True))
 

@@ -1,15 +1,14 @@
 """Training steps of Keras's layers by faster kernels of the framework beneath, with the same weights and, to rounding, the same results.
 
-Batch normalisation, which Keras composes of six operators over the whole batch, is one on torch and TensorFlow; gradients of convolutions and of pooling,
-for which XLA has slow loops on a CPU, are matrix products and comparisons on JAX. Evaluation, saving and export see the layers as they are.
+Batch normalisation, which Keras composes of six operators over the whole batch, is one on torch and TensorFlow. On JAX the gradient of pooling and what depthwise and pointwise
+convolutions do, for which XLA has slow loops on a CPU, are comparisons, sums and matrix products. Evaluation, saving and export see the layers as they are.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -18,15 +17,20 @@ from keras import ops
 from delest.frameworks.keras.optimizers import layers_of
 
 Call = Callable[..., Any]
+Makers = dict[
+    type, Callable[[Any], Call | None]
+]  # of a layer's faster call, by its type; None where it does more than such a call can
 
 
 class Kernels:
-    """The layers of one model that have a faster way to train here."""
+    """The layers of one model that have a faster way to train here; a subclass is left as it is."""
 
     def __init__(self, model: keras.Model):
-        makers = _MAKERS.get(keras.backend.backend(), {})
-        found = [(layer, makers[type(layer)](layer)) for layer in layers_of(model) if type(layer) in makers and "call" not in vars(layer)]
-        self._calls = [(layer, call) for layer, call in found if call is not None]
+        makers, self._calls = _makers(), []
+        for layer in layers_of(model):
+            maker = makers.get(type(layer))
+            if maker is not None and "call" not in vars(layer) and (call := maker(layer)) is not None:
+                self._calls.append((layer, call))
 
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
@@ -45,7 +49,7 @@ class Kernels:
 
 def _normalisation(layer: Any, fused: Callable[..., Any]) -> Call | None:
     """The call of a batch normalisation over the last axis; None for one that does more."""
-    if layer.renorm or layer.synchronized or layer.axis not in (-1, len(layer.input_spec.axes and layer._reduction_axes)):
+    if layer.renorm or layer.synchronized or layer.axis not in (-1, len(layer._reduction_axes)):
         return None
     own = layer.call
 
@@ -92,3 +96,108 @@ def _normalised_by_tensorflow(x: Any, gamma: Any, beta: Any, epsilon: float) -> 
     return tf.reshape(y, shape), tf.stop_gradient(mean), tf.stop_gradient(biased)
 
 
+# On JAX, for a CPU
+
+
+def _max_pooling(layer: Any) -> Call | None:
+    """Of windows side by side: the gradient goes to each window's first highest value, as XLA's does."""
+    import jax
+    import jax.numpy as jnp
+
+    if layer.pool_size != layer.strides or layer.padding != "valid" or not _channels_last(layer):
+        return None
+    height, width = layer.pool_size
+
+    def windows(x: Any) -> list[Any]:
+        return [x[:, i::height, j::width] for i in range(height) for j in range(width)]
+
+    @jax.custom_vjp
+    def highest(x: Any) -> Any:
+        return functools.reduce(jnp.maximum, windows(x))
+
+    def forward(x: Any) -> Any:
+        y = highest(x)
+        return y, (x, y)
+
+    def backward(kept: Any, gradient: Any) -> Any:
+        x, y = kept
+        taken, parts = jnp.zeros(y.shape, bool), []
+        for one in windows(x):
+            hit = (one == y) & ~taken
+            taken |= hit
+            parts.append(jnp.where(hit, gradient, 0))
+        rows = [jnp.stack(parts[i * width : (i + 1) * width], axis=3) for i in range(height)]
+        return (jnp.stack(rows, axis=2).reshape(x.shape),)
+
+    highest.defvjp(forward, backward)
+
+    def call(inputs: Any) -> Any:
+        rows, columns = inputs.shape[1] // height * height, inputs.shape[2] // width * width
+        return highest(inputs[:, :rows, :columns])
+
+    return call
+
+
+def _pointwise(layer: Any) -> Call | None:
+    """A convolution by kernels of one pixel, as a matrix product."""
+    if layer.kernel_size != (1, 1) or layer.groups != 1 or not _channels_last(layer):
+        return None
+    down, right = layer.strides
+
+    def call(inputs: Any) -> Any:
+        return _finished(layer, ops.matmul(inputs[:, ::down, ::right], layer.kernel[0, 0]))
+
+    return call
+
+
+def _depthwise(layer: Any) -> Call | None:
+    """A depthwise convolution as a sum of shifted images, each times its weight of each channel."""
+    import jax
+    import jax.numpy as jnp
+
+    if layer.depth_multiplier != 1 or layer.dilation_rate != (1, 1) or not _channels_last(layer):
+        return None
+    down, right = layer.strides
+
+    def call(inputs: Any) -> Any:
+        kernel = layer.kernel
+        height, width = kernel.shape[:2]
+        around = jax.lax.padtype_to_pads(inputs.shape[1:3], (height, width), layer.strides, layer.padding.upper())
+        padded = jnp.pad(inputs, ((0, 0), *around, (0, 0)))
+        rows, columns = (
+            (size - kernel_size) // stride + 1
+            for size, kernel_size, stride in zip(padded.shape[1:3], (height, width), layer.strides, strict=True)
+        )
+        total: Any = 0.0
+        for i in range(height):
+            for j in range(width):
+                shifted = padded[:, i : i + (rows - 1) * down + 1 : down, j : j + (columns - 1) * right + 1 : right]
+                total = total + shifted * kernel[i, j, :, 0]
+        return _finished(layer, total)
+
+    return call
+
+
+def _channels_last(layer: Any) -> bool:
+    return bool(layer.data_format == "channels_last")
+
+
+def _finished(layer: Any, outputs: Any) -> Any:
+    """What a convolution does after its products."""
+    outputs = outputs + layer.bias if layer.use_bias else outputs
+    return outputs if layer.activation is None else layer.activation(outputs)
+
+
+def _makers() -> Makers:
+    under = keras.backend.backend()
+    if under == "jax":
+        import jax
+
+        found: Makers = {
+            keras.layers.MaxPooling2D: _max_pooling,
+            keras.layers.Conv2D: _pointwise,
+            keras.layers.DepthwiseConv2D: _depthwise,
+        }
+        return found if jax.default_backend() == "cpu" else {}
+    fused = {"torch": _normalised_by_torch, "tensorflow": _normalised_by_tensorflow}.get(under)
+    return {} if fused is None else {keras.layers.BatchNormalization: functools.partial(_normalisation, fused=fused)}
