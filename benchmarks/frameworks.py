@@ -3,23 +3,26 @@
     python benchmarks/frameworks.py [--only ROW]      # in an environment with delest[keras]
 
 A row is a model: on each framework, one process after the other, `model.fit` with its defaults, `delest.train` with no budget, and with a budget of what the fit took above
-its libraries less 40 % (where nothing fits, the smallest budget that works); then `delest compare`. Memory is the highest resident set less that of the process with its
-framework started and its data there. Recommended should be what `delest.train` with no budget ends soonest with, by the same account: warming up and the job's steps.
+its libraries less 40 % (where nothing fits, the smallest budget that works); then `delest compare`. Memory is the highest resident set less that of the fit's process with its
+framework started and its data there: what delest's command loads besides counts against it. Recommended should be what `delest.train` with no budget ends soonest with, by the same account: warming up and the job's steps.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import results_file
 
 HERE = Path(__file__).parent
+JOBS = HERE / "frameworks_child.py"
 MODELS = ("cnn", "mlp", "transformer", "recommender")
 KERNELS = "mobilenet"  # a further row: delest with no budget, on layers that have faster kernels
 FRAMEWORKS = ("tensorflow", "jax", "torch")
@@ -28,37 +31,74 @@ SHARE = 0.6  # of a fit's memory, which is asked for
 FASTER, LESS = 1.3, 0.3
 
 
-def run(framework: str, *words: str) -> dict[str, Any]:
-    environment = {**os.environ, "KERAS_BACKEND": framework, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
+def run(framework: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "KERAS_BACKEND": framework, "TF_CPP_MIN_LOG_LEVEL": "2", **variables}
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
+
+
+def answer(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     if done.returncode:
-        raise SystemExit(f"{framework}: {' '.join(words)}: {done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1] if "frameworks_child" in words[0] else done.stdout)
+        raise SystemExit(f"{' '.join(done.args[1:])}: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout)
     return found
 
 
-def trained(framework: str, how: str, model: str, *memory: int) -> dict[str, Any]:
-    found = run(framework, str(HERE / "frameworks_child.py"), how, model, str(EPOCHS[model]), *map(str, memory))
-    if "smallest_bytes" in found:
-        return {**trained(framework, how, model, found["smallest_bytes"]), "asked_bytes": memory[0]}
-    found["above_idle_bytes"] = found["peak_bytes"] - found["idle_bytes"]
-    return {**found, "budget_bytes": memory[0]} if memory else found
+def by_fit(framework: str, model: str) -> dict[str, Any]:
+    found = answer(run(framework, str(JOBS), model, str(EPOCHS[model])))
+    return {"idle_bytes": found["idle_bytes"], **taken(found["peak_bytes"], found["idle_bytes"]), **times_of(**found["clock"])}
+
+
+def by_delest(framework: str, model: str, idle: int, memory: int | None = None) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        clock, epochs = Path(folder, "clock"), str(EPOCHS[model])
+        words = ["-m", "delest", "train", f"{JOBS}:{model}_job", "--epochs", epochs, "--patience", epochs, "--quiet", "--json"]
+        within = [] if memory is None else ["--memory", f"{math.ceil(memory / 2**20)}MiB"]
+        done = run(framework, *words, *within, "--out", str(Path(folder, "run")), CLOCK=str(clock))
+        if done.returncode == 3 and memory is not None:  # nothing fits: the smallest budget that works
+            smallest = json.loads(done.stdout)["error"]["smallest_bytes"]
+            if smallest is None or smallest <= memory:
+                raise SystemExit(f"{model} on {framework}: {done.stderr[-2000:]}")
+            return {**by_delest(framework, model, idle, smallest), "asked_bytes": memory}
+        trained, starts, ends = answer(done), [[]], []
+        for line in clock.read_text().splitlines():
+            began, *ended = line.split()
+            starts[-1].append(float(began))
+            if ended:
+                ends.append(float(ended[0]))
+                starts.append([])
+    found = {**taken(trained["measured"]["peak_bytes"], idle), **times_of(starts[: len(ends)], ends)}
+    facts = {
+        "micro_batch": trained["plan"]["micro_batch"],
+        "splits": sum(one["kind"] == "split" for one in trained["decisions"]),
+    }
+    return {**found, **facts, "budget_bytes": memory}
+
+
+def taken(peak: int, idle: int) -> dict[str, int]:
+    return {"peak_bytes": peak, "above_idle_bytes": peak - idle}
+
+
+def times_of(starts: list[list[float]], ends: list[float]) -> dict[str, Any]:
+    """Seconds of a steady step (the median of the epochs' means, but for the first) and those that steps took beyond as many steady ones: warming up."""
+    steps = [(ended - began[0]) / len(began) for began, ended in zip(starts, ends, strict=True)]
+    steady, count = statistics.median(steps[1:]), sum(map(len, starts))
+    whole = sum(step * len(began) for step, began in zip(steps, starts, strict=True))
+    return {"step_seconds": steady, "steps": count, "warming_seconds": max(0.0, whole - steady * count)}
 
 
 def measure(model: str) -> dict[str, Any]:
     row: dict[str, Any] = {"row": model}
     for framework in FRAMEWORKS:
         print(f"{model} on {framework}", file=sys.stderr, flush=True)
-        fit, free = (trained(framework, how, model) for how in ("fit", "delest"))
-        row[framework] = {"fit": fit, "delest": free}
-        if model == KERNELS:
-            continue
-        within = trained(framework, "delest", model, fit["idle_bytes"] + int(SHARE * fit["above_idle_bytes"]))
-        row[framework]["within"] = within
+        fit = by_fit(framework, model)
+        idle = fit["idle_bytes"]
+        row[framework] = {"fit": fit, "delest": by_delest(framework, model, idle)}
+        if model != KERNELS:
+            row[framework]["within"] = by_delest(framework, model, idle, idle + int(SHARE * fit["above_idle_bytes"]))
     if model == KERNELS:
         return row
     job = f"{HERE / 'keras_models.py'}:{model}_job"
-    told = run(FRAMEWORKS[0], "-m", "delest", "compare", job, "--epochs", str(EPOCHS[model]), "--json")
+    told = answer(run(FRAMEWORKS[0], "-m", "delest", "compare", job, "--epochs", str(EPOCHS[model]), "--json"))
     row["recommended"] = told["recommended"]
     row["best"] = min(FRAMEWORKS, key=lambda name: whole_seconds(row[name]["delest"]))
     row["compared"] = {one["name"]: one["whole_seconds"] for one in told["results"]}
