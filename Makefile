@@ -38,6 +38,7 @@ test-keras: $(KERAS)/.ready  ## tests of Keras jobs on torch, JAX and TensorFlow
 	for under in torch jax tensorflow; do \
 		echo "Keras on $$under" && DELEST_KERAS=1 KERAS_BACKEND=$$under OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 \
 		$(KERAS)/bin/python -m pytest -n 2 --dist load tests/frameworks_keras || exit 1; done
+	OMP_NUM_THREADS=1 $(KERAS)/bin/python -m pytest tests/training/test_tracking.py
 
 check: $(READY)  ## style and types
 	$(BIN)/ruff check .
@@ -55,7 +56,7 @@ $(BENCH)/.ready: pyproject.toml constraints.txt
 $(KERAS)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(KERAS)
 	$(KERAS)/bin/pip install -q -c constraints.txt torch
-	$(KERAS)/bin/pip install -q -c constraints.txt -e '.[dev,keras]'
+	$(KERAS)/bin/pip install -q -c constraints.txt -e '.[dev,keras,tracking]'
 	@touch $@
 
 bench: $(BENCH)/.ready $(KERAS)/.ready  ## measure every figure that is promised, into benchmarks/results (CIFAR10=FOLDER, TEXT=FILE and PUBLISHED=CSV for theirs)

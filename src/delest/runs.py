@@ -17,8 +17,9 @@ from delest.records.run import Run
 ROOT = Path("runs")
 
 
-def place(out: str | Path | None, title: str) -> Path:
-    """The folder of a new run: `out`, or the next free runs/TITLE-001. Nothing is made yet.
+def place(out: str | Path | None, title: str, *, option: str = "--out", resume: str = "--resume") -> Path:
+    """The folder of a new run: `out`, or the next free runs/TITLE-001. Nothing is made yet. `option` is how `out` is given, `resume` how a run is gone on
+    with, empty where it cannot be.
 
     Raises `BadInput` where `out` holds another run or anything else, is a file, or cannot be written.
     """
@@ -30,13 +31,14 @@ def place(out: str | Path | None, title: str) -> Path:
         folder = Path(out)
     home = next(path for path in (folder, *folder.parents) if path.exists())
     if not home.is_dir():
-        raise errors.BadInput(f"{home} is a file: --out must name a folder.")
+        raise errors.BadInput(f"{home} is a file: {option} must name a folder.")
     if not os.access(home, os.W_OK):
-        raise errors.BadInput(f"{home} may not be written by this user: choose another place with --out.")
+        raise errors.BadInput(f"{home} may not be written by this user: choose another place with {option}.")
     if (folder / "job.json").exists():
-        raise errors.BadInput(f"{folder} holds another run: choose another --out, or go on with that run by --resume.")
+        goes_on = f", or go on with that run by {resume}" if resume else ""
+        raise errors.BadInput(f"{folder} holds another run: choose another {option}{goes_on}.")
     if folder.exists() and any(folder.iterdir()):
-        raise errors.BadInput(f"{folder} is not empty: choose another --out, so that nothing in it is overwritten.")
+        raise errors.BadInput(f"{folder} is not empty: choose another {option}, so that nothing in it is overwritten.")
     return folder
 
 

@@ -74,6 +74,13 @@ def test_it_writes_a_run_folder_and_changes_nothing(tmp_path: Path):
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
 
 
+def test_a_second_fit_wants_a_folder_of_its_own(tmp_path: Path):
+    callback, made = DelestCallback(out=tmp_path / "run"), model()
+    fit(made, callback, epochs=1)
+    with pytest.raises(errors.BadInput, match=r"holds another run: choose another out=\.$"):
+        fit(made, callback, epochs=1)
+
+
 @needs_parts
 def test_parts_give_the_same_training(tmp_path: Path):
     plain, made = fit(model()), model()

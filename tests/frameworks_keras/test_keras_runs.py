@@ -103,6 +103,17 @@ def test_shrink_again_and_report(folder: Path):
     assert Path(folder, call(folder, "report", "run")["path"]).exists()
 
 
+def test_tensorboard_is_told_of_a_keras_run(folder: Path):
+    pytest.importorskip("tensorboard", reason="the extra tracking is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    call(folder, "train", "tiny.py", "--epochs", "2", "--out", "tracked", "--track", "tensorboard")
+    found = EventAccumulator(str(folder / "tracked" / "tensorboard")).Reload()
+    lines = [json.loads(line) for line in (folder / "tracked" / "metrics.jsonl").read_text().splitlines()]
+    scores = [(event.step, event.value) for event in found.Scalars("validation/accuracy")]
+    assert scores == [(line["step"], pytest.approx(line["accuracy"])) for line in lines if line["kind"] == "validation"]
+
+
 REFUSED = [
     ["estimate", "tiny.py", "--device", "t4"],
     ["measure", "tiny.py", "--allocator", "mmap"],

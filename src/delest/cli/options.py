@@ -100,6 +100,7 @@ TRAINING: Group = {
     "device": option(str, "--device", "cpu or cuda"),
     "threads": option(int, "--threads", "of the processor"),
     "checkpoint_seconds": option(str, "--checkpoint-every", "time between checkpoints, as 60s or 5min", "TIME"),
+    "track": option(str, "--track", "tell tensorboard or mlflow too; several separated by commas", "NAMES"),
 }
 MAX_DROP: Group = {
     "max_drop": option(str, "--max-drop", "largest loss: of accuracy in points, as 0.5%; of an error as a share of it", "LOSS")

@@ -156,7 +156,7 @@ class Record:
 def _claim(out: str | Path | None, job: dict[str, Any], plan: Plan) -> Path:
     """The folder of a new run, with its plan and what it is."""
     while True:
-        folder = runs.place(out, job["name"])
+        folder = runs.place(out, job["name"], option="out=", resume="")
         try:
             runs.claim(folder, job, plan)
             return folder

@@ -19,6 +19,7 @@ from delest import errors
 from delest.training import limit
 from delest.training.growth import Growth, GrowthWatch
 from delest.training.limit import MARGIN_BYTES, too_small
+from delest.training.sizing import STEPS, Sizing
 from delest.units import format_bytes
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Guard:
         self._owner = ""
         self._thread: ThreadPoolExecutor | None = None
         self._spared, self._eased_at = 0, -PATIENCE
+        self._sizing: Sizing | None = None
 
     @contextlib.contextmanager
     def watching(self, budget_bytes: int | None) -> Iterator[None]:
@@ -78,6 +80,9 @@ class Guard:
         self.budget_bytes, self._growth = budget_bytes, GrowthWatch(budget_bytes)
         with limit.held(budget_bytes) as self._watch:
             assert self._watch is not None
+            if getattr(self.session, "sized", False):
+                self._watch.only_watch()
+                self._sizing = Sizing(self.session, budget_bytes, self.option)
             with self._watch.lifted():
                 self.session.warm()
             self._watch.begin_anew(widen=True)
@@ -103,15 +108,19 @@ class Guard:
             return work()
         if not evaluating:
             self._ease(decisions, position)
+        sizing = self._sizing if not evaluating and position.step < STEPS else None
         tried: set[int] = set()  # parts
         while True:
             self._watch.highest_bytes = 0
+            if sizing is not None:
+                sizing.begin(position.step, self.batch_size)
             try:
                 result = work() if self._thread is None else self._thread.submit(work).result()
             except (errors.OutOfMemory, MemoryError) as error:
                 failure = _failure(error, evaluating)
             else:
                 if not evaluating:
+                    self._size(sizing, decisions, position)
                     self._look_for_growth(decisions, position)
                 return result
             if failure.harmful:
@@ -122,6 +131,20 @@ class Guard:
                 self.split(decisions, position, failure)
             self._watch.begin_anew(widen=again)
             self._change_thread()
+
+    def _size(self, sizing: Sizing | None, decisions: Decisions, position: Position) -> None:
+        """Set the parts that a sizing found, as the interrupted run did after this very step if there was one."""
+        line = decisions.scripted("split", position.step)
+        why = None if sizing is None else sizing.end(position.step, self.batch_size)
+        if line and line["phase"] == "sizing":
+            decisions.take("split", position.step)
+            self.session.parts = line["parts"]
+        elif why:
+            decisions.take("split", position.step, phase="sizing", parts=self.session.parts, why=why)
+            self.note(f"step {position.step:,}: {why}.")
+        else:
+            return
+        position.parts, position.decisions = self.session.parts, decisions.count
 
     def _change_thread(self) -> None:
         """Go on in another thread: oneDNN's code generator (Xbyak) remembers for each thread that an allocation failed, and then
@@ -158,6 +181,8 @@ class Guard:
         """Split as the interrupted run did before this very step or evaluation; whether it did."""
         followed = False
         while (line := decisions.scripted("split", position.step)) and (line["phase"] == "evaluation") == evaluating:
+            if line["phase"] == "sizing":  # after the step
+                break
             decisions.take("split", position.step)
             self.session.parts = max(self.session.parts, line["parts"])
             position.decisions, followed = decisions.count, True

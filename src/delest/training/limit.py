@@ -40,6 +40,12 @@ def held(budget_bytes: int | None) -> Iterator[Limit | None]:
             _open.clear()
 
 
+def only_watch() -> None:
+    """Let the open budget be held by watching alone from here on: for libraries that do not survive an allocation that fails."""
+    if _open:
+        _open[-1].only_watch()
+
+
 @contextlib.contextmanager
 def reported(doing: str) -> Iterator[None]:
     """Turn memory that ran out outside steps into `NothingFits` where a budget is held; `doing` says in words when."""
@@ -64,7 +70,7 @@ class Limit:
         self._near_bytes, self._wait = 0, LEAST_SECONDS  # the highest since the limit began anew; seconds until the next look
         self._limit: int | None = None  # None: not set
         self._stacks_bytes = 0  # address space of threads that were started meanwhile
-        self._off = False
+        self._off = self._only_watched = False
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -84,6 +90,12 @@ class Limit:
             thread.join()
             self._gauge.close()
             self._set(None if before[0] == resource.RLIM_INFINITY else before[0] + self._stacks_bytes)
+
+    def only_watch(self) -> None:
+        """Set no limit any more."""
+        with self._lock:
+            self._only_watched = True
+            self._set(None)
 
     def begin_anew(self, *, widen: bool = False) -> None:
         """Free what can be freed. With `widen` the limit is set for what is resident now, else it stays as tight as it was: what
@@ -144,7 +156,7 @@ class Limit:
             resident, peak, data = self._gauge.sizes()
             if data is not None:  # else a system that does not count data: watched only
                 limit = max(0, data + self.budget_bytes - MARGIN_BYTES - resident)
-                if not self._off and (widen or self._limit is None or limit < self._limit):
+                if not (self._off or self._only_watched) and (widen or self._limit is None or limit < self._limit):
                     self._set(limit)
             before, self._peak_bytes = self._peak_bytes, peak
             return peak if peak is not None and before is not None and peak > before else resident

@@ -28,6 +28,7 @@ from delest.training.position import Position
 from delest.training.progress import Progress
 from delest.training.schedules import Schedule
 from delest.training.signals import Signals
+from delest.training.tracking import Tracking
 
 if TYPE_CHECKING:
     from delest.backends import Session
@@ -64,6 +65,7 @@ class Trainer:
     position: Position = field(default_factory=Position)
     test_feed: Any = None  # read once, when training is done
     saving: bool = True  # False for a preview: no checkpoint, no files
+    tracking: Tracking | None = None
 
     def __post_init__(self) -> None:
         self.decisions = Decisions(self.folder / "decisions.jsonl" if self.saving else None)
@@ -345,6 +347,8 @@ class Trainer:
     def _log(self, row: dict[str, Any]) -> None:
         if self.saving:
             storage.append_line(self.folder / "metrics.jsonl", row)
+        if self.tracking is not None:
+            self.tracking.write(row)
 
     # Trouble
 

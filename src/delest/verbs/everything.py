@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ def run(
     device: str | None = None,
     threads: int | None = None,
     checkpoint_seconds: float | None = None,
+    track: str | Sequence[str] | None = None,
     max_drop: float | None = None,
     say: Progress | None = None,
 ) -> Run:
@@ -54,6 +56,7 @@ def run(
         device=device,
         threads=threads,
         checkpoint_seconds=checkpoint_seconds,
+        track=track,
         max_drop=max_drop,
     )
     loaded = None if job is None else jobs.load(job)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import shlex
 import time as clock
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from delest.records.footprint import Footprint
 from delest.records.form import read_json, read_object
 from delest.records.plan import Plan
 from delest.records.run import Best, Run
-from delest.training import limit
+from delest.training import limit, tracking
 from delest.verbs.planning import plan_as_given, plan_workplace
 from delest.verbs.preview import train_preview
 from delest.verbs.starting import plan_of_before, start_with
@@ -49,6 +49,7 @@ class Settings:
     device: str | None = None
     threads: int | None = None
     checkpoint_seconds: float | None = None  # 60
+    track: str | Sequence[str] | None = None
     max_drop: float | None = None  # of run's shrinking
 
 
@@ -76,13 +77,14 @@ def train(
     device: str | None = None,
     threads: int | None = None,
     checkpoint_seconds: float | None = None,
+    track: str | Sequence[str] | None = None,
     say: Progress | None = None,
 ) -> Run:
     """Train a job and keep the best weights: checked, planned, checkpointed, resumable.
 
     `job` is a `Job`, a path or a name (see `delest.job.load`); with `resume` it may be left out where `out` names the run.
     `memory` bounds the resident set (bytes, "2GiB", "80%"), with `exact` by methods that keep the results alone; `time` the training ("10min", seconds), `preview` is the
-    share of training rows to train on first. Raises `BadInput`, `NothingFits`, `Diverged`, `Interrupted` (resumable).
+    share of training rows to train on first, `track` names trackers ("tensorboard,mlflow", a sequence) that are told of it as well. Raises `BadInput`, `NothingFits`, `Diverged`, `Interrupted` (resumable).
     """
     settings = Settings(
         plan=plan,
@@ -96,6 +98,7 @@ def train(
         device=device,
         threads=threads,
         checkpoint_seconds=checkpoint_seconds,
+        track=track,
     )
     return train_with(job, settings, say, "train").run
 
@@ -116,6 +119,8 @@ def train_with(job: Any, settings: Settings, say: Progress | None, verb: str) ->
         raise errors.BadInput("no job was given: name a file, a module:name or a path to data.")
     else:
         folder = runs.place(settings.out, loaded.title)
+    tracked = tracking.read_names(settings.track)
+    settings = replace(settings, track=",".join(tracked) or None)
     with limit.held(_known_budget(settings, folder)) as hold:
         with contextlib.nullcontext() if hold is None else hold.released():
             place = open_workplace(loaded, say, folder if settings.resume else None)
@@ -161,6 +166,9 @@ def _train_as_planned(place: Workplace, plan: Plan, folder: Path, settings: Sett
         say.stage(f"train: going on from step {trainer.position.step:,} of {trainer.position.total_steps:,} in {folder}")
     else:
         say.stage(f"train: {trainer.position.total_steps:,} steps of {place.job.batch_size} rows, in {folder}")
+    if settings.track:
+        names = tracking.read_names(settings.track)
+        trainer.tracking = tracking.Tracking(names, run, trainer.position.step, say.note)
     run = _carry_out(trainer, run, verb, say)
     return Trained(run, place, session, dict(place.seconds))
 
@@ -247,7 +255,7 @@ def start_folder(folder: Path, place: Workplace, plan: Plan, session: Any, setti
     state = session.state()
     weights = sum(array.nbytes for name, array in state.arrays.items() if name.startswith("model."))
     checkpoints.check_room(folder, sum(array.nbytes for array in state.arrays.values()), weights)
-    names = ("memory", "exact", "time", "preview", "device", "threads", "checkpoint_seconds", "max_drop")
+    names = ("memory", "exact", "time", "preview", "device", "threads", "checkpoint_seconds", "max_drop", "track")
     begun = {name: getattr(settings, name) for name in names}
     begun["init_from"] = None if settings.init_from is None else str(Path(settings.init_from).resolve())
     files = {"data.json": place.describe_data(), "preprocessing.json": preprocessing_json(place)}
@@ -310,6 +318,8 @@ def _carry_out(trainer: Trainer, run: Run, verb: str, say: Progress) -> Run:
         wall = run.seconds.get("wall", 0.0) + clock.monotonic() - started
         run = replace(run, seconds={**run.seconds, "wall": wall})
         run = _finished(run, trainer, status, _measured(run, before, machine.peak_resident_bytes(), trainer))
+        if trainer.tracking is not None:
+            trainer.tracking.close(run)
     return run
 
 

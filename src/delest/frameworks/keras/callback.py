@@ -16,7 +16,7 @@ import keras
 from delest import errors
 from delest.frameworks import wishes
 from delest.frameworks.keras import KerasBackend
-from delest.frameworks.keras.fitting import FitSteps, Sizing, batch_of, check_budget, faults_in_fit, rows_of_fit
+from delest.frameworks.keras.fitting import FitSteps, batch_of, check_budget, faults_in_fit, rows_of_fit
 from delest.frameworks.record import Record
 from delest.records.plan import Plan
 from delest.training.guard import Guard
@@ -65,8 +65,6 @@ class DelestCallback(keras.callbacks.Callback):
         self.steps = FitSteps(model, plan.micro_batch if plan is not None else None)
         self.guard = Guard(self.steps, 1, self.record.note)
         self.guard.option = "memory="
-        budget, on_tensorflow = self.wishes.budget_bytes, keras.backend.backend() == "tensorflow"
-        self.sizing = Sizing(self.steps, budget) if budget is not None and on_tensorflow else None
         before = {name: getattr(model, name) for name in ("train_function", "test_function")}
         make_test_function = model.make_test_function
 
@@ -89,7 +87,7 @@ class DelestCallback(keras.callbacks.Callback):
                 setattr(model, name, function)
 
         self._open.callback(back)
-        self._open.enter_context(self.guard.watching(budget if self.sizing is None else None))
+        self._open.enter_context(self.guard.watching(self.wishes.budget_bytes))
 
     def _whole_test(self, part: Any) -> Any:
         return self._test(iter([part]) if keras.backend.backend() == "tensorflow" else [part])
@@ -98,14 +96,8 @@ class DelestCallback(keras.callbacks.Callback):
         """Work on a batch, in as many parts as fit. An error, of which callbacks are not told, ends the run."""
         assert self.record is not None
         self._rows, self.guard.batch_size = max(self._rows, self.steps.see(batch)), self.steps.batch_rows
-        sizing = None if evaluating or self.sizing is None or self.sizing.done else self.sizing
         try:
-            if sizing is not None:
-                sizing.begin()
-            found = self.guard.attempt(lambda: work(batch), self.record.decisions, self.record.position, evaluating=evaluating)
-            if sizing is not None and (why := sizing.end()):
-                self.record.decisions.take("split", self.record.position.step, phase="sizing", parts=self.steps.parts, why=why)
-            return found
+            return self.guard.attempt(lambda: work(batch), self.record.decisions, self.record.position, evaluating=evaluating)
         except BaseException as error:
             self.close(error)
             raise

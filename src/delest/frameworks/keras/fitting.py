@@ -15,11 +15,8 @@ from delest.frameworks.keras import engines
 from delest.frameworks.keras.optimizers import layers_of
 from delest.hardware import machine
 from delest.records.plan import Plan
-from delest.training.limit import MARGIN_BYTES, too_small
+from delest.training.limit import too_small
 from delest.units import format_bytes
-
-SMALLEST, FEWEST = 16, 4  # parts of a batch in the first step of a sizing; the second has half as many
-MARGIN = 0.1  # of what rows take
 
 
 class FitSteps:
@@ -27,6 +24,7 @@ class FitSteps:
 
     def __init__(self, model: keras.Model, rows: int | None = None):
         self.model, self.parts, self.batch_rows, self._rows = model, 1, 1, rows
+        self.sized = keras.backend.backend() == "tensorflow"
         normalised = any(isinstance(layer, keras.layers.BatchNormalization) for layer in layers_of(model))
         self.least_rows = 2 if normalised else 1
         self._engine = engines.choose(model, model.optimizer, self._judged, None)
@@ -108,46 +106,6 @@ class FitSteps:
                 variable.assign(value)
 
         return back
-
-
-class Sizing:
-    """How many rows at a time keep a budget, by two steps in small parts and the line through them: on TensorFlow, which ends the process where an
-    allocation fails, so that no limit can be set for it."""
-
-    def __init__(self, steps: FitSteps, budget_bytes: int):
-        self.steps, self.budget_bytes = steps, budget_bytes
-        self._readings: list[tuple[int, int]] = []  # rows of a part, highest resident bytes
-
-    @property
-    def done(self) -> bool:
-        return len(self._readings) == 2
-
-    def begin(self) -> None:
-        """Before a step: its parts are a sixteenth of a batch, then an eighth; a quarter and a half where rows are normalised by each other."""
-        steps = self.steps
-        rows = max(steps.least_rows, steps.batch_rows // (SMALLEST if steps.least_rows == 1 else FEWEST)) << len(self._readings)
-        steps.parts = min(steps.most_parts, math.ceil(steps.batch_rows / rows))
-        machine.reset_peak()
-
-    def end(self) -> str | None:
-        """After it: once both were seen the fewest parts that are expected to fit are set; what was decided, in words, where there are several."""
-        steps = self.steps
-        self._readings.append((math.ceil(steps.batch_rows / steps.parts), machine.peak_resident_bytes()))
-        if not self.done:
-            return None
-        (few, low), (more, high) = self._readings
-        a_row = max(0.0, (high - low) / max(1, more - few)) * (1 + MARGIN)
-        room = self.budget_bytes - MARGIN_BYTES - high
-        least = high - math.floor(a_row * (more - steps.least_rows))
-        if least + MARGIN_BYTES > self.budget_bytes:
-            why = f"steps on {few} and {more} rows came to {format_bytes(low)} and {format_bytes(high)}"
-            raise too_small(self.budget_bytes, least + MARGIN_BYTES, why, "", "memory=")
-        rows = steps.batch_rows if a_row == 0 and room > 0 else more + math.floor(room / max(1.0, a_row))
-        steps.parts = min(steps.most_parts, math.ceil(steps.batch_rows / max(steps.least_rows, rows)))
-        if steps.parts == 1:
-            return None
-        part = math.ceil(steps.batch_rows / steps.parts)
-        return f"a row takes {format_bytes(a_row)}, of a budget of {format_bytes(self.budget_bytes)}: {steps.parts} parts of {part} rows"
 
 
 def check_budget(budget_bytes: int | None) -> None:

@@ -18,6 +18,7 @@ from delest.records.batch import Batch, Lazy, Outputs, State, Step
 from delest.records.plan import Plan
 from delest.records.source import Schema
 from delest.tensors import Under
+from delest.training import limit
 
 
 class KerasSession:
@@ -28,6 +29,9 @@ class KerasSession:
             raise errors.BadInput(faults)
         if plan.threads:
             engines.set_threads(plan.threads)
+        self.sized = keras.backend.backend() == "tensorflow"
+        if self.sized:
+            limit.only_watch()
         self.job, self.schema = job, schema
         self.model = building.build(job, schema)
         self.optimizer = optimizers.build(self.model, job.recipe)

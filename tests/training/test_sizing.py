@@ -1,0 +1,116 @@
+"""Parts found by two first steps, where no limit can be set."""
+
+from __future__ import annotations
+
+import json
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from delest import errors
+from delest.hardware import machine
+from delest.training import limit
+from delest.training.decisions import Decisions
+from delest.training.guard import Guard
+from delest.training.position import Position
+from delest.training.sizing import Sizing
+
+MIB = 1 << 20
+
+
+@dataclass
+class Session:
+    """Takes 200 MiB and so much a row."""
+
+    a_row: int = 4 * MIB
+    parts: int = 1
+    most_parts: int = 64
+    sized: bool = True
+    rows: int = 64
+
+    def warm(self) -> None: ...
+
+    def peak(self) -> int:
+        return 200 * MIB + -(-self.rows // self.parts) * self.a_row
+
+
+def sized(session: Session, budget: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Parts of three steps."""
+    monkeypatch.setattr(machine, "peak_resident_bytes", session.peak)
+    sizing, found = Sizing(session, budget, "--memory "), []
+    for step in (0, 1):
+        sizing.begin(step, session.rows)
+        found.append(session.parts)
+        sizing.end(step, session.rows)
+    return [*found, session.parts]
+
+
+def test_the_fewest_parts_that_fit_follow_from_two_small_steps(monkeypatch: pytest.MonkeyPatch):
+    assert sized(Session(), 1000 * MIB, monkeypatch) == [16, 8, 1]
+    found = sized(session := Session(), 300 * MIB, monkeypatch)
+    assert found[:2] == [16, 8]
+    assert session.peak() <= 300 * MIB
+    session.parts -= 1
+    assert session.peak() > 270 * MIB  # the next larger part would not fit, with what is kept free
+
+
+def test_rows_that_are_normalised_by_each_other_are_not_made_few(monkeypatch: pytest.MonkeyPatch):
+    assert sized(Session(most_parts=32), 1000 * MIB, monkeypatch) == [4, 2, 1]
+
+
+def test_no_fewer_parts_than_were_planned(monkeypatch: pytest.MonkeyPatch):
+    assert sized(Session(parts=4), 1000 * MIB, monkeypatch) == [16, 8, 4]
+
+
+def test_a_budget_that_no_part_keeps_is_named_with_what_would_do(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(errors.NothingFits, match=r"steps on 4 and 8 rows came to 216 MiB and 232 MiB.*--memory"):
+        sized(Session(), 210 * MIB, monkeypatch)
+
+
+def guarded(folder: Path, session: Session, position: Position, steps: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Parts of steps from `position` on."""
+    monkeypatch.setattr(machine, "peak_resident_bytes", session.peak)
+    guard, found = Guard(session, session.rows, lambda text: None), []
+    decisions = Decisions(folder / "decisions.jsonl", position.decisions)
+    with guard.watching(machine.resident_bytes() + 4096 * MIB):
+        assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.getrlimit(resource.RLIMIT_DATA)[1]
+        if guard._sizing is not None:
+            guard._sizing.budget_bytes = 300 * MIB
+        for _ in range(steps):
+            found.append(guard.attempt(lambda: session.parts, decisions, position))
+            position.step += 1
+    return found
+
+
+def test_the_guard_sets_no_limit_and_writes_down_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = guarded(tmp_path, Session(), Position(), 4, monkeypatch)
+    assert found[:2] == [16, 8]
+    assert found[2] == found[3] not in (1, 8)
+    (line,) = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
+    assert (line["kind"], line["at"], line["phase"], line["parts"]) == ("split", 1, "sizing", found[2])
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_run_that_goes_on_makes_the_same_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int):
+    session, position = Session(), Position()
+    whole = guarded(tmp_path, session, position, 4, monkeypatch)
+    taken = position.decisions if step == 2 else 0
+    again = Position(step=step, parts=whole[step], decisions=taken)
+    assert (
+        guarded(tmp_path, Session(parts=again.parts if step else 1, a_row=3 * MIB), again, 4 - step, monkeypatch)
+        == whole[step:]
+    )
+
+
+def test_only_watching_outlasts_what_sets_limits_anew():
+    budget = machine.resident_bytes() + 4096 * MIB
+    with limit.held(budget) as held:
+        assert held is not None
+        assert resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit.only_watch()
+        with held.lifted():
+            pass
+        held.begin_anew(widen=True)
+        assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.getrlimit(resource.RLIMIT_DATA)[1]
