@@ -6,6 +6,7 @@ delest train frameworks_child.py:MODEL_job   by delest
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -58,9 +59,13 @@ def arrays(place: Workplace) -> tuple[Any, Any]:
 
 
 def compiled(place: Workplace) -> keras.Model:
+    setting = json.loads(os.environ.get("SETTING", "{}"))
     keras.utils.set_random_seed(0)
-    model = place.job.model()
-    model.compile(keras.optimizers.Adam(LR), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    keras.config.set_dtype_policy(setting.get("policy", "float32"))
+    with keras.RematScope(mode=setting["remat"]) if "remat" in setting else contextlib.nullcontext():
+        model = place.job.model()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(LR), loss, **setting.get("compile", {}))
     return model
 
 

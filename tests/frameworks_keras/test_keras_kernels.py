@@ -95,6 +95,18 @@ def test_a_subclass_is_left_as_it_is():
     assert not kernels.Kernels(model_of(IMAGE, OwnNormalisation))._calls
 
 
+def test_doubles_are_keras_s_own():
+    inputs = keras.Input((7,), dtype="float64")
+    model = keras.Model(inputs, layers.BatchNormalization(dtype="float64")(inputs))
+    with kernels.Kernels(model).used():
+        found = model(RANDOM.normal(size=(5, 7)), training=True)
+    assert abs(float(keras.ops.mean(found))) < 1e-6
+
+
+def test_a_model_that_is_not_built_is_left_as_it_is():
+    assert not kernels.Kernels(keras.Sequential([layers.BatchNormalization()]))._calls
+
+
 def test_layers_are_their_own_again_afterwards():
     make = layers.MaxPooling2D if keras.backend.backend() == "jax" else layers.BatchNormalization
     model = model_of(IMAGE, make)

@@ -49,14 +49,14 @@ class Kernels:
 
 def _normalisation(layer: Any, fused: Callable[..., Any]) -> Call | None:
     """The call of a batch normalisation over the last axis; None for one that does more."""
-    if layer.renorm or layer.synchronized or layer.axis not in (-1, len(layer._reduction_axes)):
+    if not layer.built or layer.renorm or layer.synchronized or layer.axis not in (-1, len(layer._reduction_axes)):
         return None
     own = layer.call
 
     def call(inputs: Any, training: Any = None, mask: Any = None) -> Any:
-        if not training or not layer.trainable or mask is not None:
-            return own(inputs, training=training, mask=mask)
         dtype = keras.backend.result_type(inputs.dtype, "float32")
+        if not training or not layer.trainable or mask is not None or dtype != "float32":
+            return own(inputs, training=training, mask=mask)
         x = ops.cast(inputs, dtype)
         given = (layer.gamma if layer.scale else None, layer.beta if layer.center else None)
         gamma, beta = (None if weight is None else ops.cast(weight, dtype) for weight in given)
