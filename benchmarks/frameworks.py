@@ -26,7 +26,7 @@ JOBS = HERE / "frameworks_child.py"
 MODELS = ("cnn", "mlp", "transformer", "recommender")
 KERNELS = "mobilenet"  # a further row: delest with no budget, on layers that have faster kernels
 FRAMEWORKS = ("tensorflow", "jax", "torch")
-EPOCHS = {"cnn": 4, "mlp": 6, "transformer": 4, "recommender": 20, "mobilenet": 4}
+EPOCHS = {"cnn": 3, "mlp": 5, "transformer": 3, "recommender": 20, "mobilenet": 3}
 SHARE = 0.6  # of a fit's memory, which is asked for
 FASTER, LESS = 1.3, 0.3
 

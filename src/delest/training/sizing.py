@@ -1,5 +1,5 @@
 """How many rows at a time keep a budget of memory, by two steps in small parts and the line through them: for sessions whose framework does not survive
-an allocation that fails (TensorFlow ends the process then, or hangs), so that no limit can be set for it.
+an allocation that fails (TensorFlow ends the process or hangs, XLA may where it compiles), so that no limit can be set for it.
 """
 
 from __future__ import annotations

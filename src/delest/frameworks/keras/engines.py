@@ -67,11 +67,16 @@ def set_threads(count: int) -> None:
         )
 
 
+def survives_failed_allocation() -> bool:
+    """Whether a limit on memory can be set to this process. TensorFlow ends it or hangs where an allocation fails, and XLA may where it compiles."""
+    return bool(keras.backend.backend() == "torch")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a framework says that an allocation failed; each has words of its own."""
-    text = str(error)
+    text = str(error).lower()
     return isinstance(error, MemoryError) or any(
-        words in text for words in ("RESOURCE_EXHAUSTED", "OOM when allocating", "can't allocate memory", "out of memory")
+        words in text for words in ("resource_exhausted", "oom when allocating", "can't allocate memory", "out of memory")
     )
 
 
@@ -122,7 +127,7 @@ class _Jax:
     def __init__(self, model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None):
         import jax
 
-        self.model, self.optimizer = model, optimizer
+        self._jax, self.model, self.optimizer = jax, model, optimizer
         trainable, others = model.trainable_variables, model.non_trainable_variables
         kernels = Kernels(model)
 
@@ -156,7 +161,9 @@ class _Jax:
 
     def update(self, gradients: list[Any]) -> Any:
         trained, state = self.model.trainable_variables, self.optimizer.variables
-        new, new_state, norm = self._update(gradients, _values(trained), _values(state))
+        new, new_state, norm = self._jax.block_until_ready(
+            self._update(gradients, _values(trained), _values(state))
+        )  # or says what failed
         _assign(trained, new)
         _assign(state, new_state)
         return norm

@@ -24,7 +24,7 @@ class FitSteps:
 
     def __init__(self, model: keras.Model, rows: int | None = None):
         self.model, self.parts, self.batch_rows, self._rows = model, 1, 1, rows
-        self.sized = keras.backend.backend() == "tensorflow"
+        self.sized = not engines.survives_failed_allocation()
         normalised = any(isinstance(layer, keras.layers.BatchNormalization) for layer in layers_of(model))
         self.least_rows = 2 if normalised else 1
         self._engine = engines.choose(model, model.optimizer, self._judged, None)

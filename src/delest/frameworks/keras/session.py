@@ -29,7 +29,7 @@ class KerasSession:
             raise errors.BadInput(faults)
         if plan.threads:
             engines.set_threads(plan.threads)
-        self.sized = keras.backend.backend() == "tensorflow"
+        self.sized = not engines.survives_failed_allocation()
         if self.sized:
             limit.only_watch()
         self.job, self.schema = job, schema
