@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import keras
 import numpy as np
 import pytest
-from keras import layers
 
-from delest.frameworks.keras import engines, kernels
+keras = pytest.importorskip("keras", reason="`make test-keras` runs this test where Keras is installed")
+
+from keras import layers  # noqa: E402
+
+from delest.frameworks.keras import engines, kernels  # noqa: E402
 
 RANDOM = np.random.default_rng(0)
 IMAGE = (9, 10, 6)
@@ -101,6 +103,22 @@ def test_doubles_are_keras_s_own():
     with kernels.Kernels(model).used():
         found = model(RANDOM.normal(size=(5, 7)), training=True)
     assert abs(float(keras.ops.mean(found))) < 1e-6
+
+
+@pytest.mark.parametrize("make", [lambda: layers.Conv2D(5, 1), lambda: layers.DepthwiseConv2D(3)])
+def test_half_precision_is_keras_s_own(make):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input(IMAGE)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = keras.Model(inputs, make()(inputs))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    rows = RANDOM.normal(size=(3, *IMAGE)).astype("float32")
+    own = keras.ops.convert_to_numpy(keras.ops.cast(model(rows, training=True), "float32"))
+    with kernels.Kernels(model).used():
+        found = keras.ops.convert_to_numpy(keras.ops.cast(model(rows, training=True), "float32"))
+    np.testing.assert_array_equal(found, own)
 
 
 def test_a_model_that_is_not_built_is_left_as_it_is():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from delest import errors
+from delest import errors, storage
 from delest.hardware import machine
 from delest.training import limit
 from delest.training.decisions import Decisions
@@ -64,6 +64,19 @@ def test_no_fewer_parts_than_were_planned(monkeypatch: pytest.MonkeyPatch):
     assert sized(Session(parts=4), 1000 * MIB, monkeypatch) == [16, 8, 4]
 
 
+def test_what_memory_ran_short_for_before_is_kept(monkeypatch: pytest.MonkeyPatch):
+    session = Session()
+    monkeypatch.setattr(machine, "peak_resident_bytes", session.peak)
+    sizing = Sizing(session, 1000 * MIB, "--memory ")
+    sizing.begin(0, session.rows)
+    sizing.end(0, session.rows)
+    sizing.at_least(32)
+    sizing.begin(1, session.rows)
+    assert session.parts == 32
+    assert sizing.end(1, session.rows) == "a row takes 4.4 MiB, of a budget of 1000 MiB: 32 parts of 2 rows"
+    assert session.parts == 32
+
+
 def test_a_budget_that_no_part_keeps_is_named_with_what_would_do(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(errors.NothingFits, match=r"steps on 4 and 8 rows came to 216 MiB and 232 MiB.*--memory"):
         sized(Session(), 210 * MIB, monkeypatch)
@@ -102,6 +115,11 @@ def test_a_run_that_goes_on_makes_the_same_parts(tmp_path: Path, monkeypatch: py
         guarded(tmp_path, Session(parts=again.parts if step else 1, a_row=3 * MIB), again, 4 - step, monkeypatch)
         == whole[step:]
     )
+
+
+def test_parts_decided_after_a_crash_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    storage.append_line(tmp_path / "decisions.jsonl", {"kind": "split", "at": 0, "phase": "crash", "parts": 32})
+    assert guarded(tmp_path, Session(a_row=MIB), Position(), 3, monkeypatch) == [32, 32, 32]
 
 
 def test_only_watching_outlasts_what_sets_limits_anew():

@@ -98,6 +98,33 @@ def test_a_tracker_that_fails_is_left_out_and_the_training_goes_on(job: Path, mo
     assert "tensorboard is told nothing more: OSError: the disk is full\n" in capsys.readouterr().err
 
 
+def test_what_is_no_name_is_refused():
+    with pytest.raises(errors.BadInput, match="track=3"):
+        tracking.read_names(3)  # type: ignore[arg-type]
+
+
+@needs("mlflow")
+def test_a_store_that_cannot_be_opened_is_left_out_and_the_training_goes_on(job: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////proc/nowhere/mlflow.db")
+    assert delest.train(job, track="mlflow").status == "done"
+    assert "mlflow is told nothing more: " in capsys.readouterr().err
+
+
+@needs("mlflow")
+def test_names_that_mlflow_does_not_take_are_written_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = Run(path=tmp_path, name="run", status="done", job={"name": "tiny"})
+    tracker = tracking.MLflow(run, 0)
+    tracker.write({"kind": "validation", "step": 10, "mAP@0.5": 0.25})
+    tracker.close(run)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (found,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert found.data.metrics["validation/mAP_0.5"] == 0.25
+
+
 def events_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -118,15 +145,19 @@ def test_tensorboard_has_the_rows_of_the_run(job: Path):
 
 
 @needs("tensorboard")
-def test_what_was_written_before_a_run_went_on_is_void(tmp_path: Path):
+@pytest.mark.parametrize("step", [0, 20])
+def test_what_was_written_before_a_run_went_on_is_void(tmp_path: Path, step: int):
     run = Run(path=tmp_path, name="run", status="running")
     first = tracking.TensorBoard(run, 0)
     for step in (10, 20, 30):
         first.write({"kind": "train", "step": step, "loss": 1.0})
-    second = tracking.TensorBoard(run, 20)
+    second = tracking.TensorBoard(run, step)
     second.write({"kind": "train", "step": 30, "loss": 2.0})
+    second.went_back(20)
+    second.write({"kind": "train", "step": 30, "loss": 3.0})
     second.close(replace(run, status="done"))
-    assert events_of(tmp_path / "tensorboard")["train/loss"] == [(10, 1.0), (20, 1.0), (30, 2.0)]
+    kept = [(10, 1.0), (20, 1.0)] if step else []
+    assert events_of(tmp_path / "tensorboard")["train/loss"] == [*kept, (30, 3.0)]
 
 
 @needs("tensorboard")

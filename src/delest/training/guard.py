@@ -186,7 +186,12 @@ class Guard:
             decisions.take("split", position.step)
             self.session.parts = max(self.session.parts, line["parts"])
             position.decisions, followed = decisions.count, True
+            self._keep_parts()
         return followed
+
+    def _keep_parts(self) -> None:
+        if self._sizing is not None:
+            self._sizing.at_least(self.session.parts)
 
     def split(self, decisions: Decisions, position: Position, failure: _Failure, **facts: Any) -> None:
         """Decide on more parts. Raises `NothingFits` where there can be no more."""
@@ -228,6 +233,7 @@ class Guard:
         why = f"{why}, of a budget of {format_bytes(self.budget_bytes or 0)}: {self._rows_words(parts)}"
         decisions.take("split", position.step, phase=phase, parts=parts, why=why, **facts)
         self.session.parts, position.parts, position.decisions = parts, parts, decisions.count
+        self._keep_parts()
         self.note(f"step {position.step:,}: {why}.")
 
     def _next_parts(self) -> int:

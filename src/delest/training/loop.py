@@ -112,6 +112,8 @@ class Trainer:
                 shutil.copyfileobj(best, file)
         rows = [row for row in storage.read_lines(self.folder / "metrics.jsonl") if row["step"] <= self.position.step]
         storage.write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        if self.tracking is not None:
+            self.tracking.went_back(self.position.step)
         return True
 
     def train(self) -> None:

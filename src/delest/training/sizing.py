@@ -24,24 +24,28 @@ class Sizing:
 
     def __init__(self, session: Splits, budget_bytes: int, option: str):
         self.session, self.budget_bytes, self.option = session, budget_bytes, option
-        self._planned = session.parts  # no fewer
+        self._least_parts = session.parts  # planned, or decided since
         self._readings: dict[int, tuple[int, int]] = {}  # by step: rows of a part, highest resident bytes
 
     def begin(self, step: int, batch_rows: int) -> None:
         """Before a step: its parts are a sixteenth of a batch, then an eighth; a quarter and a half where rows are normalised by each other."""
         session, least = self.session, self._least_rows(batch_rows)
         rows = max(least, batch_rows // (SMALLEST if least == 1 else FEWEST)) << step
-        session.parts = min(session.most_parts, max(self._planned, math.ceil(batch_rows / rows)))
+        session.parts = min(session.most_parts, max(self._least_parts, math.ceil(batch_rows / rows)))
         machine.reset_peak()
 
+    def at_least(self, parts: int) -> None:
+        """Memory ran short, or did when the run was made before: no fewer parts from here on."""
+        self._least_parts = max(self._least_parts, parts)
+
     def end(self, step: int, batch_rows: int) -> str | None:
-        """After it: once both were made the fewest parts that are expected to fit are set; what was decided, in words, where there are more than were
-        planned. A run that goes on between the two stays with the parts of the second. Raises `NothingFits`."""
+        """After it: once both were made the fewest parts that are expected to fit are set; what was decided, in words. A run that goes on between the two
+        stays with the parts of the second. Raises `NothingFits`."""
         session, least = self.session, self._least_rows(batch_rows)
         self._readings[step] = math.ceil(batch_rows / session.parts), machine.peak_resident_bytes()
         if len(self._readings) < STEPS:
             return None
-        (few, low), (more, high) = self._readings[0], self._readings[1]
+        (few, low), (more, high) = sorted(self._readings.values())
         a_row = max(0.0, (high - low) / max(1, more - few)) * (1 + MARGIN)
         room = self.budget_bytes - MARGIN_BYTES - high
         smallest = high - math.floor(a_row * (more - least))
@@ -49,12 +53,10 @@ class Sizing:
             why = f"steps on {few} and {more} rows came to {format_bytes(low)} and {format_bytes(high)}"
             raise too_small(self.budget_bytes, smallest + MARGIN_BYTES, why, "", self.option)
         rows = batch_rows if a_row == 0 and room > 0 else more + math.floor(room / max(1.0, a_row))
-        fewest = min(session.most_parts, math.ceil(batch_rows / max(least, rows)))
-        session.parts = max(self._planned, fewest)
-        if fewest <= self._planned:
-            return None
+        session.parts = max(self._least_parts, min(session.most_parts, math.ceil(batch_rows / max(least, rows))))
         part = math.ceil(batch_rows / session.parts)
-        return f"a row takes {format_bytes(a_row)}, of a budget of {format_bytes(self.budget_bytes)}: {session.parts} parts of {part} rows"
+        words = f"{session.parts} parts of {part} rows" if session.parts > 1 else "whole batches"
+        return f"a row takes {format_bytes(a_row)}, of a budget of {format_bytes(self.budget_bytes)}: {words}"
 
     def _least_rows(self, batch_rows: int) -> int:
         return max(1, batch_rows // self.session.most_parts)

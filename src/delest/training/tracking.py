@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from delest.records.run import Run
 SEND_SECONDS = 2.0  # between two messages to MLflow's store, of steps
 _MODULES = {"tensorboard": ("tensorboard",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
 _ABOUT_THE_ROW = ("kind", "step", "best")
+_UNNAMED = re.compile(r"[^\w\-. :/]", re.ASCII)  # what MLflow allows in no name
 _STATUS = {"done": "FINISHED", "interrupted": "KILLED"}
 
 
@@ -34,14 +36,19 @@ class Tracker(Protocol):
     def write(self, row: Mapping[str, Any]) -> None:
         """A row as of `metrics.jsonl`: its `kind`, its `step`, and numbers by name."""
 
+    def went_back(self, step: int) -> None:
+        """What was written of later steps is void: they are made again."""
+
     def close(self, run: Run) -> None:
         """The training has ended as `run` says."""
 
 
 def read_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
     """Trackers by name, of "tensorboard,mlflow" or a sequence. Raises `BadInput` for one that is not known, `MissingExtra` for one that is not installed."""
+    if names is not None and not isinstance(names, (str, Sequence)):
+        raise errors.BadInput(f"track={names!r}: give names of trackers, as {', '.join(_MODULES)}.")
     given = names.split(",") if isinstance(names, str) else list(names or ())
-    found = tuple(dict.fromkeys(word.strip().lower() for word in given if word.strip()))
+    found = tuple(dict.fromkeys(word.strip().lower() for word in map(str, given) if word.strip()))
     for name in found:
         if name not in _MODULES:
             raise errors.BadInput(unknown("tracker", name, tuple(_MODULES)))
@@ -54,18 +61,24 @@ def read_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 class Tracking:
-    """The trackers of one training. Opening one raises what it raises; later a failing one is named by `note` and left out."""
+    """The trackers of one training. One that fails, when it is opened too, is named by `note` and left out."""
 
     def __init__(self, names: Sequence[str], run: Run, step: int, note: Callable[[str], None]):
         """`step` is where the training begins: of a run that goes on, what was written of later steps is void."""
         openers: dict[str, Callable[[Run, int], Tracker]] = {"tensorboard": TensorBoard, "mlflow": MLflow}
-        self._note = note
-        self._open = {name: openers[name](run, step) for name in names}
-        for tracker in self._open.values():
-            note(f"tracked: {tracker.place}")
+        self._note, self._open = note, dict[str, Tracker]()
+        for name in names:
+            try:
+                self._open[name] = openers[name](run, step)
+                note(f"tracked: {self._open[name].place}")
+            except Exception as error:
+                self._leave_out(name, error)
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.write(row))
+
+    def went_back(self, step: int) -> None:
+        self._each(lambda tracker: tracker.went_back(step))
 
     def close(self, run: Run) -> None:
         self._each(lambda tracker: tracker.close(run))
@@ -76,8 +89,11 @@ class Tracking:
                 work(tracker)
             except Exception as error:
                 del self._open[name]
-                words = str(error).partition("\n")[0]
-                self._note(f"{name} is told nothing more: {type(error).__name__}: {words}")
+                self._leave_out(name, error)
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        words = str(error).partition("\n")[0]
+        self._note(f"{name} is told nothing more: {type(error).__name__}: {words}")
 
 
 class TensorBoard:
@@ -90,17 +106,22 @@ class TensorBoard:
 
         folder = run.path / "tensorboard"
         folder.mkdir(exist_ok=True)
+        goes_on = any(folder.iterdir())
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._file = open(folder / name, "wb")  # noqa: SIM115  # as long as the training
         self._writer, self._event, self._summary = RecordWriter(self._file), Event, Summary
+        self._start = SessionLog(status=SessionLog.START)
         self.place = f"tensorboard --logdir {run.path.parent}"
         self._add(file_version="brain.Event:2")
-        if step:
-            self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        if goes_on:
+            self.went_back(step)
 
     def write(self, row: Mapping[str, Any]) -> None:
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in _numbers(row)]
         self._add(step=row["step"], summary=self._summary(value=values))
+
+    def went_back(self, step: int) -> None:
+        self._add(step=step + 1, session_log=self._start)
 
     def close(self, run: Run) -> None:
         if run.test:
@@ -143,9 +164,13 @@ class MLflow:
 
     def write(self, row: Mapping[str, Any]) -> None:
         moment = int(time.time() * 1000)
-        self._waiting += [self._metric(name, value, moment, row["step"]) for name, value in _numbers(row)]
+        self._waiting += [self._metric(_UNNAMED.sub("_", name), value, moment, row["step"]) for name, value in _numbers(row)]
         if row["kind"] != "train" or time.monotonic() - self._sent >= SEND_SECONDS:
             self._send()
+
+    def went_back(self, step: int) -> None:
+        """What is in the store stays there: both values of a step."""
+        self._waiting = [metric for metric in self._waiting if metric.step <= step]
 
     def close(self, run: Run) -> None:
         ended = {"kind": "test", "step": run.steps, **run.test}
