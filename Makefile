@@ -69,6 +69,9 @@ bench: $(BENCH)/.ready $(KERAS)/.ready  ## measure every figure that is promised
 	$(BENCH)/bin/python benchmarks/plan.py
 	$(BENCH)/bin/python benchmarks/smallest_budget.py
 	$(KERAS)/bin/python benchmarks/keras_footprint.py
+	$(KERAS)/bin/python benchmarks/frameworks.py
+	$(KERAS)/bin/python benchmarks/keras_callback.py
+	$(KERAS)/bin/python benchmarks/keras_settings.py
 	$(BENCH)/bin/python benchmarks/methods_on_digits.py
 	$(BENCH)/bin/python benchmarks/throughput.py
 	$(BENCH)/bin/python benchmarks/planning_time.py

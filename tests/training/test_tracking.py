@@ -110,19 +110,19 @@ def test_a_store_that_cannot_be_opened_is_left_out_and_the_training_goes_on(job:
     assert "mlflow is told nothing more: " in capsys.readouterr().err
 
 
-@needs("mlflow")
-def test_names_that_mlflow_does_not_take_are_written_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client of the store that MLflow makes where nothing names one."""
     from mlflow import MlflowClient
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    run = Run(path=tmp_path, name="run", status="done", job={"name": "tiny"})
-    tracker = tracking.MLflow(run, 0)
-    tracker.write({"kind": "validation", "step": 10, "mAP@0.5": 0.25})
-    tracker.close(run)
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    (found,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
-    assert found.data.metrics["validation/mAP_0.5"] == 0.25
+    return MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+
+def only_run(store: Any) -> Any:
+    (found,) = store.search_runs([store.get_experiment_by_name("tiny").experiment_id])
+    return found
 
 
 def events_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -167,39 +167,38 @@ def test_tensorboard_loads_no_tensorflow(job: Path):
 
 
 @needs("mlflow")
-def test_mlflow_has_the_run_in_its_sqlite_store(job: Path, monkeypatch: pytest.MonkeyPatch):
-    from mlflow import MlflowClient
+def test_names_that_mlflow_does_not_take_are_written_otherwise(tmp_path: Path, store):
+    run = Run(path=tmp_path, name="run", status="done", job={"name": "tiny"})
+    tracker = tracking.MLflow(run, 0)
+    tracker.write({"kind": "validation", "step": 10, "mAP@0.5": 0.25})
+    tracker.close(run)
+    assert only_run(store).data.metrics["validation/mAP_0.5"] == 0.25
 
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+@needs("mlflow")
+def test_mlflow_has_the_run_in_its_sqlite_store(job: Path, store):
     run = delest.train(job, track="mlflow,tensorboard")
     assert (run.path / "tensorboard").exists()
-    client = MlflowClient(f"sqlite:///{job.parent / 'mlflow.db'}")
-    (found,) = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    found = only_run(store)
     assert found.info.status == "FINISHED"
     assert found.data.params["recipe.epochs"] == "4"
     assert found.data.metrics["test/accuracy"] == pytest.approx(run.test["accuracy"])
     lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    losses = [(one.step, one.value) for one in client.get_metric_history(found.info.run_id, "train/loss")]
+    losses = [(one.step, one.value) for one in store.get_metric_history(found.info.run_id, "train/loss")]
     assert losses == [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
 
 
 @needs("mlflow")
-def test_a_run_that_goes_on_is_the_same_run_of_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from mlflow import MlflowClient
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def test_a_run_that_goes_on_is_the_same_run_of_mlflow(tmp_path: Path, store, monkeypatch: pytest.MonkeyPatch):
     run = Run(path=tmp_path, name="run", status="running", job={"name": "tiny"})
     first = tracking.MLflow(run, 0)
     first.write({"kind": "validation", "step": 10, "loss": 1.0})
     first.close(replace(run, status="interrupted"))
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    (number,) = [one.experiment_id for one in client.search_experiments() if one.name == "tiny"]
-    assert [one.info.status for one in client.search_runs([number])] == ["KILLED"]
+    assert only_run(store).info.status == "KILLED"
     monkeypatch.chdir("/")
     second = tracking.MLflow(run, 10)
     second.write({"kind": "validation", "step": 20, "loss": 0.5})
     second.close(replace(run, status="done"))
-    (found,) = client.search_runs([number])
+    found = only_run(store)
     assert found.info.status == "FINISHED"
-    assert [one.step for one in client.get_metric_history(found.info.run_id, "validation/loss")] == [10, 20]
+    assert [one.step for one in store.get_metric_history(found.info.run_id, "validation/loss")] == [10, 20]

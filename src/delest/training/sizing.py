@@ -40,7 +40,7 @@ class Sizing:
 
     def end(self, step: int, batch_rows: int) -> str | None:
         """After it: once both were made the fewest parts that are expected to fit are set; what was decided, in words. A run that goes on between the two
-        stays with the parts of the second. Raises `NothingFits`."""
+        stays with the parts that it has. Raises `NothingFits`."""
         session, least = self.session, self._least_rows(batch_rows)
         self._readings[step] = math.ceil(batch_rows / session.parts), machine.peak_resident_bytes()
         if len(self._readings) < STEPS:

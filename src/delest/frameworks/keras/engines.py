@@ -161,9 +161,8 @@ class _Jax:
 
     def update(self, gradients: list[Any]) -> Any:
         trained, state = self.model.trainable_variables, self.optimizer.variables
-        new, new_state, norm = self._jax.block_until_ready(
-            self._update(gradients, _values(trained), _values(state))
-        )  # or says what failed
+        found = self._update(gradients, _values(trained), _values(state))
+        new, new_state, norm = self._jax.block_until_ready(found)  # what fails does so before weights are taken
         _assign(trained, new)
         _assign(state, new_state)
         return norm

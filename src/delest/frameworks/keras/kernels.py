@@ -17,9 +17,8 @@ from keras import ops
 from delest.frameworks.keras.optimizers import layers_of
 
 Call = Callable[..., Any]
-Makers = dict[
-    type, Callable[[Any], Call | None]
-]  # of a layer's faster call, by its type; None where it does more than such a call can
+# Of a layer's faster call, by its type; None where it does more than such a call can.
+Makers = dict[type, Callable[[Any], Call | None]]
 
 
 class Kernels:
