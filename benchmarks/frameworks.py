@@ -4,7 +4,8 @@
 
 A row is a model: on each framework, one process after the other, `model.fit` with its defaults, `delest.train` with no budget, and with a budget of what the fit took above
 its libraries less 40 % (where nothing fits, the smallest budget that works); then `delest compare`. Memory is the highest resident set less that of the fit's process with its
-framework started and its data there: what delest's command loads besides counts against it. Recommended should be what `delest.train` with no budget ends soonest with, by the same account: warming up and the job's steps.
+framework started and its data there: what delest's command loads besides counts against it. Recommended should be the framework on which the command `delest train`, with no budget, has trained the job
+soonest, from its start to its end.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,6 @@ JOBS = HERE / "frameworks_child.py"
 MODELS = ("cnn", "mlp", "transformer", "recommender")
 KERNELS = "mobilenet"  # a further row: delest with no budget, on layers that have faster kernels
 FRAMEWORKS = ("tensorflow", "jax", "torch")
-EPOCHS = {"cnn": 3, "mlp": 5, "transformer": 3, "recommender": 20, "mobilenet": 3}
 SHARE = 0.6  # of a fit's memory, which is asked for
 FASTER, LESS = 1.3, 0.3
 
@@ -44,16 +45,18 @@ def answer(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def by_fit(framework: str, model: str) -> dict[str, Any]:
-    found = answer(run(framework, str(JOBS), model, str(EPOCHS[model])))
+    found = answer(run(framework, str(JOBS), model))
     return {"idle_bytes": found["idle_bytes"], **taken(found["peak_bytes"], found["idle_bytes"]), **times_of(**found["clock"])}
 
 
 def by_delest(framework: str, model: str, idle: int, memory: int | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        clock, epochs = Path(folder, "clock"), str(EPOCHS[model])
-        words = ["-m", "delest", "train", f"{JOBS}:{model}_job", "--epochs", epochs, "--patience", epochs, "--quiet", "--json"]
+        clock = Path(folder, "clock")
+        words = ["-m", "delest", "train", f"{JOBS}:{model}_job", "--quiet", "--json"]
         within = [] if memory is None else ["--memory", f"{math.ceil(memory / 2**20)}MiB"]
+        began = time.perf_counter()
         done = run(framework, *words, *within, "--out", str(Path(folder, "run")), CLOCK=str(clock))
+        whole = time.perf_counter() - began
         if done.returncode == 3 and memory is not None:  # nothing fits: the smallest budget that works
             smallest = json.loads(done.stdout)["error"]["smallest_bytes"]
             if smallest is None or smallest <= memory:
@@ -66,7 +69,7 @@ def by_delest(framework: str, model: str, idle: int, memory: int | None = None) 
             if ended:
                 ends.append(float(ended[0]))
                 starts.append([])
-    found = {**taken(trained["measured"]["peak_bytes"], idle), **times_of(starts[: len(ends)], ends)}
+    found = {**taken(trained["measured"]["peak_bytes"], idle), **times_of(starts[: len(ends)], ends), "command_seconds": whole}
     facts = {
         "micro_batch": trained["plan"]["micro_batch"],
         "splits": sum(one["kind"] == "split" for one in trained["decisions"]),
@@ -98,15 +101,11 @@ def measure(model: str) -> dict[str, Any]:
     if model == KERNELS:
         return row
     job = f"{HERE / 'keras_models.py'}:{model}_job"
-    told = answer(run(FRAMEWORKS[0], "-m", "delest", "compare", job, "--epochs", str(EPOCHS[model]), "--json"))
+    told = answer(run(FRAMEWORKS[0], "-m", "delest", "compare", job, "--json"))
     row["recommended"] = told["recommended"]
-    row["best"] = min(FRAMEWORKS, key=lambda name: whole_seconds(row[name]["delest"]))
+    row["best"] = min(FRAMEWORKS, key=lambda name: row[name]["delest"]["command_seconds"])
     row["compared"] = {one["name"]: one["whole_seconds"] for one in told["results"]}
     return row
-
-
-def whole_seconds(found: dict[str, Any]) -> float:
-    return float(found["warming_seconds"] + found["steps"] * found["step_seconds"])
 
 
 def gains(row: dict[str, Any], framework: str, way: str) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """What benchmarks/frameworks.py times: its jobs, whose steps in delest's loop are noted where CLOCK names a file, and `model.fit` on the same rows.
 
-python frameworks_child.py MODEL EPOCHS      `model.fit` with its defaults; what it took as a line of JSON
+python frameworks_child.py MODEL [EPOCHS]    `model.fit` with its defaults; what it took as a line of JSON
 delest train frameworks_child.py:MODEL_job   by delest
 """
 
@@ -74,14 +74,15 @@ def opened(model: str) -> Workplace:
 
 
 def main() -> None:
-    name, epochs = sys.argv[1:]
+    name, *more = sys.argv[1:]
     place = opened(name)
+    epochs = int(more[0]) if more else place.job.recipe.epochs
     keras.ops.exp(keras.ops.ones((1 << 10,)))
     malloc.give_back()
     idle, clock = machine.resident_bytes(), Clock()
     machine.reset_peak()
     x, y = arrays(place)
-    compiled(place).fit(x, y, batch_size=place.job.batch_size, epochs=int(epochs), verbose=0, callbacks=[Told(clock)])
+    compiled(place).fit(x, y, batch_size=place.job.batch_size, epochs=epochs, verbose=0, callbacks=[Told(clock)])
     print(json.dumps({"idle_bytes": idle, "peak_bytes": machine.peak_resident_bytes(), "clock": vars(clock)}))
 
 

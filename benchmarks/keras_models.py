@@ -11,13 +11,15 @@ from keras import layers
 import delest
 
 RANDOM = np.random.default_rng(0)
+EPOCHS = {"mlp": 5, "recommender": 20}  # others: 3
 
 
-def job(name: str, model: Any, inputs: Any, classes: int, batch: int, epochs: int = 3) -> delest.Job:
+def job(name: str, model: Any, inputs: Any, classes: int, batch: int) -> delest.Job:
     rows = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
     targets = np.arange(rows) % classes
     data: Any = {**inputs, "class": targets} if isinstance(inputs, dict) else (inputs, targets)
     target = "class" if isinstance(inputs, dict) else None
+    epochs = EPOCHS.get(name, 3)
     recipe = delest.Recipe(epochs=epochs, label_smoothing=0.0, optimizer="adam", patience=epochs)
     return delest.Job(model=model, data=data, target=target, batch_size=batch, recipe=recipe, name=name)
 

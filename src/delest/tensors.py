@@ -40,14 +40,15 @@ _LONGEST_HEADER = 100_000_000  # as the package has it
 
 
 def write(file: BinaryIO, arrays: Mapping[str, NDArray], metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays one after the other, the widest numbers first so that each is aligned."""
-    names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    """Write arrays one after the other, the widest numbers first so that each is aligned. Each is asked for twice, and let go."""
+    forms = {name: (array.dtype, array.shape, array.nbytes) for name, array in arrays.items()}
+    names = sorted(forms, key=lambda name: (-forms[name][0].itemsize, name))
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name in names:
-        array = arrays[name]
-        start, end = end, end + array.nbytes
-        header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+        dtype, shape, size = forms[name]
+        start, end = end, end + size
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)

@@ -210,16 +210,43 @@ def test_a_step_that_fails_changes_nothing(raised: Exception, seen: type[Excepti
     assert not same(before, arrays(trained))
 
 
-def test_memory_that_runs_out_in_the_update_says_whether_it_had_begun(monkeypatch: pytest.MonkeyPatch):
-    trained = session(restless)
+def test_a_run_goes_on_from_a_state_where_memory_ran_out_in_the_update(monkeypatch: pytest.MonkeyPatch):
+    trained, other = session(restless), session(restless)
+    before = State(arrays(trained), trained.state().scalars)
+    update = trained.engine.update
 
     def fail(gradients: Any) -> Any:
+        update(gradients)
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4096 bytes.")
 
-    monkeypatch.setattr(trained.engine, "update", fail)
-    with pytest.raises(errors.OutOfMemory) as caught:
-        trained.step(batch(), 1.0)
-    assert (caught.value.phase, caught.value.begun) == ("optimizer", ON != "jax")
+    with monkeypatch.context() as patch:
+        patch.setattr(trained.engine, "update", fail)
+        with pytest.raises(errors.OutOfMemory) as caught:
+            trained.step(batch(), 1.0)
+    assert (caught.value.phase, caught.value.begun) == ("optimizer", True)
+    for one in (trained, other):
+        one.load(before)  # on torch both draw from one random state
+        one.step(batch(), 1.0)
+    assert same(arrays(trained), arrays(other))
+
+
+@pytest.mark.skipif(ON != "jax", reason="only there do new weights take the old ones' places by being handed over")
+def test_values_that_an_update_took_with_it_are_no_hindrance_to_a_state(monkeypatch: pytest.MonkeyPatch):
+    trained = session(restless)
+    before = State(arrays(trained), trained.state().scalars)
+
+    def fail(gradients: Any) -> Any:
+        for variable in (*trained.model.trainable_variables, *trained.optimizer.variables):
+            variable.value.delete()
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4096 bytes.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trained.engine, "update", fail)
+        with pytest.raises(errors.OutOfMemory):
+            trained.step(batch(), 1.0)
+    trained.load(before)
+    assert same(arrays(trained), before.arrays)
+    trained.step(batch(), 1.0)
 
 
 # State

@@ -14,6 +14,9 @@ from delest.records.form import to_json
 from delest.records.plan import Choice, Plan, Rejection
 from delest.units import format_bytes, format_seconds
 
+FARTHER = (
+    0.3  # of what the line adds beyond the largest probed rows: what malloc and frameworks keep grows in steps (docs/log.md)
+)
 LEAST_GAIN = 0.05  # a method that gains less than this share of the step's time is not worth a change
 
 
@@ -54,7 +57,8 @@ class Costs:
     def footprint(self, rows: int, batch_size: int, seconds: float, device: str, isolated: bool) -> Footprint:
         phases = self.phases(rows, batch_size)
         peak = max(phases.values())
-        margin = int(MARGIN * (peak - self.idle_bytes)) + MARGIN_BYTES
+        probed = max(self.phases(min(rows, self.probe["samples"][-1]["rows"]), batch_size).values())
+        margin = int(MARGIN * (peak - self.idle_bytes) + FARTHER * (peak - probed)) + MARGIN_BYTES
         return Footprint(
             peak_bytes=peak,
             runtime_bytes=self.idle_bytes,

@@ -13,19 +13,21 @@ from keras import ops
 
 from delest import errors
 from delest.frameworks.keras.kernels import Kernels
+from delest.frameworks.keras.updates import fused
 
 
 class Engine(Protocol):
     """One model with its optimizer. Inputs, targets and gradients are the framework's tensors."""
 
-    in_place: bool  # values of variables change in place, and an update that fails may leave some of them changed
+    in_place: bool  # statistics and seeds inside the model change in place: who may want them back keeps copies
 
     def gradient(self, inputs: Any, targets: Any, share: float) -> tuple[Any, list[Any]]:
         """`share` of the mean loss of a micro-batch (penalties of layers included), and its gradient for each trainable variable.
         Statistics and seeds inside the model go on."""
 
     def update(self, gradients: list[Any]) -> Any:
-        """One step of the optimizer; gives the norm of the gradient before clipping, None where nothing is clipped."""
+        """One step of the optimizer; gives the norm of the gradient before clipping, None where nothing is clipped. One that fails leaves weights
+        and the optimizer's state half changed, or without values."""
 
     def answer(self, inputs: Any) -> Any:
         """Outputs in evaluation mode, without gradient."""
@@ -109,7 +111,8 @@ class _TensorFlow:
         @tf.function
         def update(gradients: Any) -> Any:
             gradients, norm = _clipped(gradients, clip)
-            optimizer.apply(gradients, variables)
+            with fused(optimizer):
+                optimizer.apply(gradients, variables)
             return norm
 
         self._gradient, self.update = gradient, update
@@ -122,7 +125,7 @@ class _TensorFlow:
 
 
 class _Jax:
-    in_place = False  # new values are assigned when all of them are there
+    in_place = False
 
     def __init__(self, model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None):
         import jax
@@ -148,7 +151,7 @@ class _Jax:
             return *optimizer.stateless_apply(state, gradients, trained), norm
 
         self._gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
-        self._update = jax.jit(updated)
+        self._update = jax.jit(updated, donate_argnums=(1, 2))  # new values take the places of the old ones
         self._answer = jax.jit(answered)
 
     def gradient(self, inputs: Any, targets: Any, share: float) -> tuple[Any, list[Any]]:
@@ -162,7 +165,7 @@ class _Jax:
     def update(self, gradients: list[Any]) -> Any:
         trained, state = self.model.trainable_variables, self.optimizer.variables
         found = self._update(gradients, _values(trained), _values(state))
-        new, new_state, norm = self._jax.block_until_ready(found)  # what fails does so before weights are taken
+        new, new_state, norm = self._jax.block_until_ready(found)  # what fails does so here, not where the loss is read
         _assign(trained, new)
         _assign(state, new_state)
         return norm
@@ -189,7 +192,7 @@ class _Torch:
     def update(self, gradients: list[Any]) -> Any:
         import torch
 
-        with torch.no_grad():
+        with torch.no_grad(), fused(self.optimizer):
             gradients, norm = _clipped(gradients, self.clip)
             self.optimizer.apply(gradients, self.model.trainable_variables)
         return norm

@@ -8,16 +8,18 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from delest import malloc
+from delest import malloc, tensors
 from delest.data import Feed, Preprocessing, open_job
 from delest.footprint.time import spread
 from delest.frameworks.keras import KerasBackend, building
@@ -74,9 +76,11 @@ def measure_job(
     batch = next(batches)
     read("evaluation", lambda: deque(session.outputs(_Single(batch)), maxlen=0))
     malloc.give_back()
-    state = read("saving", session.state)
-    copied = State({name: np.array(array) for name, array in state.arrays.items()}, state.scalars)
-    read("resuming", lambda: session.load(copied))
+    with tempfile.TemporaryDirectory(prefix="delest-") as folder:
+        state, path = session.state(), Path(folder, "state.safetensors")
+        with open(path, "wb") as file:
+            read("saving", lambda: tensors.write(file, state.arrays))
+        read("resuming", lambda: session.load(State(tensors.Arrays(path), state.scalars)))
     seconds = [pair[1] for pair in timed]
     peak = max(*phases.values(), idle)
     model = _facts(session, batch, largest=max(phases["saving"], phases["resuming"]) - idle - base)

@@ -58,8 +58,8 @@ class KerasSession:
     def step(self, batch: Batch, rate: float) -> Step:
         """One optimizer step on a batch, its gradient summed over `parts` micro-batches weighted by their rows.
 
-        On failure weights, statistics, optimizer and random state are as before, but for an update that fails for want of memory on
-        TensorFlow and torch, which change weights in place: `OutOfMemory.begun` says so.
+        On failure weights, statistics, optimizer and random state are as before, but for an update that fails for want of memory: `OutOfMemory.begun`
+        says so, and a state is to be loaded.
         """
         phase, before = "forward", self._remember()
         try:
@@ -78,8 +78,7 @@ class KerasSession:
             before()
             if not engines.is_out_of_memory(error):
                 raise
-            begun = phase == "optimizer" and self.engine.in_place
-            raise errors.OutOfMemory(phase, str(error).partition("\n")[0], begun) from error
+            raise errors.OutOfMemory(phase, str(error).partition("\n")[0], phase == "optimizer") from error
         return Step(Lazy(lambda: float(total)), batch.count, None if norm is None else Lazy(lambda: float(norm)))
 
     def _parts_of(self, count: int) -> int:
@@ -90,9 +89,10 @@ class KerasSession:
 
     def _remember(self) -> Callable[[], None]:
         """Note what a forward pass changes (statistics, seeds, the rate), and give the function that brings it back."""
-        changing = [*self.model.non_trainable_variables, self.optimizer.learning_rate]
+        changing, rate = self.model.non_trainable_variables, self.optimizer.learning_rate
         copied = keras.ops.copy if self.engine.in_place else lambda value: value
         values = [copied(variable.value) for variable in changing]
+        changing, values = [*changing, rate], [*values, keras.ops.copy(rate.value)]  # which an update takes
         random = _torch_state()
 
         def back() -> None:
@@ -133,14 +133,12 @@ class KerasSession:
     # State
 
     def state(self) -> State:
-        """Weights by name, the optimizer's variables and the seeds of layers, as arrays: use them before the next step."""
-        arrays = {f"model.{name}": _stored(variable) for name, variable in named_weights(self.model).items()}
-        arrays |= {f"random.{number}": _stored(variable) for number, variable in enumerate(self._seeds)}
-        arrays |= {f"optimizer.{number}": _stored(variable) for number, variable in enumerate(self.optimizer.variables)}
-        random = _torch_state()
-        if random is not None:
-            arrays["random.torch"] = random.numpy()
-        return State(arrays, {"keras": keras.backend.backend()})
+        """Weights by name, the optimizer's variables and the seeds of layers, each array taken from its variable when it is asked for: use
+        them before the next step."""
+        held = {f"model.{name}": variable for name, variable in named_weights(self.model).items()}
+        held |= {f"random.{number}": variable for number, variable in enumerate(self._seeds)}
+        held |= {f"optimizer.{number}": variable for number, variable in enumerate(self.optimizer.variables)}
+        return State(_Held(held, _torch_state()), {"keras": keras.backend.backend()})
 
     def load(self, state: State) -> None:
         """Take up a state; raises `BadInput` where it belongs to another model, optimizer or framework under Keras."""
@@ -177,6 +175,23 @@ class KerasSession:
     def parameters(self) -> int:
         """As `model.count_params()` has it: frozen ones and statistics of normalisation included."""
         return int(self.model.count_params())
+
+
+class _Held(Mapping[str, Any]):
+    """The values of variables by name, and torch's random state where there is one: no array is made before it is wanted."""
+
+    def __init__(self, variables: Mapping[str, Any], random: Any):
+        self._variables, self._random = variables, {} if random is None else {"random.torch": random.numpy()}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._random[name] if name in self._random else _stored(self._variables[name])
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._variables
+        yield from self._random
+
+    def __len__(self) -> int:
+        return len(self._variables) + len(self._random)
 
 
 def unsupported(job: Job, plan: Plan) -> list[str]:
