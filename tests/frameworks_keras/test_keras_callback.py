@@ -150,10 +150,10 @@ def test_what_it_cannot_act_in_is_refused(tmp_path: Path):
             fit(made, DelestCallback(plan=PARTS, out=tmp_path / f"run-{number}"))
         assert not (tmp_path / f"run-{number}").exists()
     other = Plan(
-        batch_size=32, micro_batch=32, choices=(Choice(method="precision", config={"dtype": "bf16"}, keeps="changed", why=""),)
+        batch_size=32, micro_batch=32, choices=(Choice(method="allocator", config={"name": "mmap"}, keeps="bitwise", why=""),)
     )
     if ON != "jax":
-        with pytest.raises(errors.BadInput, match="takes micro_batch alone"):
+        with pytest.raises(errors.BadInput, match="takes precision and micro_batch alone"):
             fit(model(), DelestCallback(plan=other, out=tmp_path / "other"))
     with pytest.raises(errors.BadInput, match=r"patience is 0"):
         DelestCallback(patience=0)

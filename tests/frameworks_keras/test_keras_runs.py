@@ -118,8 +118,7 @@ REFUSED = [
     ["estimate", "tiny.py", "--device", "t4"],
     ["measure", "tiny.py", "--allocator", "mmap"],
     ["plan", "tiny.py", "--devices", "t4,l4"],
-    ["plan", "tiny.py", "--probe"],
-    ["run", "tiny.py", "--exact", "--out", "never"],
+    ["run", "tiny.py", "--device", "cuda", "--out", "never"],
     ["shrink", "run", "--student", "tiny.py"],
     ["shrink", "run", "--teacher", "run", "--time", "10s"],
 ]

@@ -16,12 +16,14 @@ from torch import nn  # noqa: E402
 from delest import errors  # noqa: E402
 from delest.backends.torch import losses as torch_losses  # noqa: E402
 from delest.backends.torch.session import TorchSession  # noqa: E402
-from delest.frameworks.keras import KerasBackend, losses  # noqa: E402
+from delest.frameworks.keras import KerasBackend, engines, losses  # noqa: E402
 from delest.frameworks.keras.session import KerasSession  # noqa: E402
+from delest.hardware import machine  # noqa: E402
 from delest.job import Job, Recipe  # noqa: E402
 from delest.records.batch import Batch, State  # noqa: E402
 from delest.records.plan import Choice, Plan  # noqa: E402
 from delest.records.source import Column, Schema, Target  # noqa: E402
+from delest.training import limit  # noqa: E402
 
 ON = keras.backend.backend()
 SCHEMA = Schema(
@@ -208,6 +210,14 @@ def test_a_step_that_fails_changes_nothing(raised: Exception, seen: type[Excepti
     other.step(batch(7), 1.0)
     assert same(arrays(trained), arrays(other))
     assert not same(before, arrays(trained))
+
+
+@pytest.mark.skipif(ON != "torch", reason="oneDNN's words, as torch hands them on")
+def test_a_primitive_that_cannot_be_made_is_want_of_memory_where_a_budget_is_held():
+    error = RuntimeError("could not create a primitive")
+    assert not engines.is_out_of_memory(error)
+    with limit.held(machine.resident_bytes() + (4096 << 20)):
+        assert engines.is_out_of_memory(error)
 
 
 def test_a_run_goes_on_from_a_state_where_memory_ran_out_in_the_update(monkeypatch: pytest.MonkeyPatch):
@@ -440,12 +450,11 @@ def by_operation() -> keras.Model:
         (plain, {"recipe": Recipe(optimizer="muon")}, "muon of Keras scales its updates otherwise"),
         (plain, {"recipe": Recipe(optimizer="adadelt")}, "Did you mean 'adadelta'"),
         (plain, {"recipe": Recipe(momentum=0.5)}, "momentum is 0.5, which adamw does not take"),
-        (plain, {"recipe": Recipe(precision="bf16")}, "mixed_bfloat16"),
         (plain, {"step": lambda model, batch: 0}, "takes no `step` yet"),
         (
             plain,
-            {"plan": replace(PLAN, choices=(Choice(method="precision", config={}, keeps="changed", why=""),))},
-            "precision cannot",
+            {"plan": replace(PLAN, choices=(Choice(method="chunked_loss", config={}, keeps="rounding", why=""),))},
+            "chunked_loss cannot",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Parts found by two first steps, where no limit can be set."""
+"""Parts found by a few first steps, where no limit can be set."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ class Session:
 
 
 def sized(session: Session, budget: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Parts of three steps."""
+    """Parts of each step that was looked at, and in the end."""
     monkeypatch.setattr(machine, "peak_resident_bytes", session.peak)
     sizing, found = Sizing(session, budget, "--memory "), []
-    for step in (0, 1):
-        sizing.begin(step, session.rows)
+    while sizing.wants(len(found)):
+        sizing.begin(len(found), session.rows)
         found.append(session.parts)
-        sizing.end(step, session.rows)
+        sizing.end(session.rows)
     return [*found, session.parts]
 
 
 def test_the_fewest_parts_that_fit_follow_from_two_small_steps(monkeypatch: pytest.MonkeyPatch):
-    assert sized(Session(), 1000 * MIB, monkeypatch) == [16, 8, 1]
+    assert sized(Session(), 1000 * MIB, monkeypatch) == [16, 8, 2, 1, 1]
     found = sized(session := Session(), 300 * MIB, monkeypatch)
     assert found[:2] == [16, 8]
     assert session.peak() <= 300 * MIB
@@ -57,11 +57,25 @@ def test_the_fewest_parts_that_fit_follow_from_two_small_steps(monkeypatch: pyte
 
 
 def test_rows_that_are_normalised_by_each_other_are_not_made_few(monkeypatch: pytest.MonkeyPatch):
-    assert sized(Session(most_parts=32), 1000 * MIB, monkeypatch) == [4, 2, 1]
+    assert sized(Session(most_parts=32), 1000 * MIB, monkeypatch) == [4, 2, 1, 1]
 
 
 def test_no_fewer_parts_than_were_planned(monkeypatch: pytest.MonkeyPatch):
-    assert sized(Session(parts=4), 1000 * MIB, monkeypatch) == [16, 8, 4]
+    assert sized(Session(parts=4), 1000 * MIB, monkeypatch) == [16, 8, 4, 4]
+
+
+def test_what_the_first_steps_take_for_themselves_is_not_taken_for_rows(monkeypatch: pytest.MonkeyPatch):
+    session = Session(a_row=MIB)
+    compiled = [0, 20 * MIB]  # of the second shape
+    monkeypatch.setattr(machine, "peak_resident_bytes", lambda: session.peak() + (compiled.pop(0) if compiled else 20 * MIB))
+    sizing, found = Sizing(session, 310 * MIB, "--memory "), []
+    for step in range(5):
+        if sizing.wants(step):
+            sizing.begin(step, session.rows)
+            sizing.end(session.rows)
+        found.append(session.parts)
+    assert found[-1] == 1  # by the first two steps a row takes 6 MiB
+    assert found[1] > 1
 
 
 def test_what_memory_ran_short_for_before_is_kept(monkeypatch: pytest.MonkeyPatch):
@@ -69,11 +83,11 @@ def test_what_memory_ran_short_for_before_is_kept(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(machine, "peak_resident_bytes", session.peak)
     sizing = Sizing(session, 1000 * MIB, "--memory ")
     sizing.begin(0, session.rows)
-    sizing.end(0, session.rows)
+    sizing.end(session.rows)
     sizing.at_least(32)
     sizing.begin(1, session.rows)
     assert session.parts == 32
-    assert sizing.end(1, session.rows) == "a row takes 4.4 MiB, of a budget of 1000 MiB: 32 parts of 2 rows"
+    assert sizing.end(session.rows) == "a row takes 4.4 MiB, of a budget of 1000 MiB: 32 parts of 2 rows"
     assert session.parts == 32
 
 

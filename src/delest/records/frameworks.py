@@ -15,10 +15,10 @@ class FrameworkResult:
     name: str  # tensorflow, jax, torch: as KERAS_BACKEND has it
     versions: dict[str, str] = field(default_factory=dict)
     fault: str | None = None  # why there is no training
-    start_seconds: float | None = None  # from the start of the process to the first step: loading and building
-    compile_seconds: float | None = None  # of all steps, beyond what as many steady ones take
+    start_seconds: float | None = None  # from the start of the process to training: loading and building
+    compile_seconds: float | None = None  # of all epochs, beyond what as many steady ones take
     step_seconds: float | None = None  # mean of the last epoch
-    evaluation_seconds: float | None = None  # of one evaluation
+    evaluation_seconds: float | None = None  # between two epochs: evaluating, keeping the best weights, saving
     whole_seconds: float | None = None  # of the job's own number of epochs, start and compiling included, by these figures
     peak_bytes: int | None = None  # of the process
     runtime_bytes: int | None = None  # of it before the model

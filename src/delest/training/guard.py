@@ -19,7 +19,7 @@ from delest import errors
 from delest.training import limit
 from delest.training.growth import Growth, GrowthWatch
 from delest.training.limit import MARGIN_BYTES, too_small
-from delest.training.sizing import STEPS, Sizing
+from delest.training.sizing import Sizing
 from delest.units import format_bytes
 
 if TYPE_CHECKING:
@@ -108,7 +108,9 @@ class Guard:
             return work()
         if not evaluating:
             self._ease(decisions, position)
-        sizing = self._sizing if not evaluating and position.step < STEPS else None
+        sizing = self._sizing
+        if evaluating or sizing is None or not sizing.wants(position.step):
+            sizing = None
         tried: set[int] = set()  # parts
         while True:
             self._watch.highest_bytes = 0
@@ -135,10 +137,12 @@ class Guard:
     def _size(self, sizing: Sizing | None, decisions: Decisions, position: Position) -> None:
         """Set the parts that a sizing found, as the interrupted run did after this very step if there was one."""
         line = decisions.scripted("split", position.step)
-        why = None if sizing is None else sizing.end(position.step, self.batch_size)
+        why = None if sizing is None else sizing.end(self.batch_size)
         if line and line["phase"] == "sizing":
             decisions.take("split", position.step)
             self.session.parts = line["parts"]
+            if self._sizing is not None:
+                self._sizing.close()
         elif why:
             decisions.take("split", position.step, phase="sizing", parts=self.session.parts, why=why)
             self.note(f"step {position.step:,}: {why}.")
@@ -159,6 +163,7 @@ class Guard:
             except RuntimeError:  # a limit from outside leaves no room for a stack: here, as long as its kernels do
                 self._thread.shutdown()
                 self._thread = None
+        self._watch.begin_anew()  # what the thread took for itself and uses is no room
 
     def read_again(self, error: MemoryError) -> None:
         """After memory ran out outside a step, as when a batch was read: return where it is worth another try.

@@ -46,6 +46,11 @@ def only_watch() -> None:
         _open[-1].only_watch()
 
 
+def is_held() -> bool:
+    """Whether a budget is held now, so that allocations may fail for it."""
+    return bool(_open)
+
+
 @contextlib.contextmanager
 def reported(doing: str) -> Iterator[None]:
     """Turn memory that ran out outside steps into `NothingFits` where a budget is held; `doing` says in words when."""

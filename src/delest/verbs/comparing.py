@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -199,23 +201,31 @@ def train_under(
     else:
         with storage.written_atomically(weights) as file:
             tensors.write(file, session.weights())
+    looking = time.time()
     first_loss = leave_answers(session, place.feed("train", place.splits["train"][:COMPARED_ROWS]), Path(folder, f"{name}.npz"))
+    looked = time.time() - looking  # which no training does
     own = Path(folder, name)
     own.mkdir()
     trainer = build_trainer(place, session, own, Progress())
     trainer.limits = Limits(checkpoint_seconds=LONGEST_SECONDS)
     starts = _watched(session)
-    ready = time.time()
+    ready, begun = time.time(), time.monotonic()
     trainer.train()
+    ended = time.monotonic()
     p, steps = trainer.position, place.feed("train").steps
     last = starts[-steps:]
-    step = (last[-1] - last[0]) / (len(last) - 1) if len(last) > 1 else p.training_seconds / max(1, p.step)
+    gaps = [after - before for before, after in pairwise(last)] or [p.training_seconds]
+    if epochs > 1:
+        step, epoch = statistics.mean(gaps), ended - last[0]
+    else:  # whose first step compiles
+        step = statistics.median(gaps)
+        epoch = steps * step + p.evaluating_seconds
     return {
         "versions": under.versions(),
-        "start_seconds": ready - began,
-        "compile_seconds": max(0.0, p.training_seconds - p.step * step),
+        "start_seconds": ready - began - looked,
+        "compile_seconds": max(0.0, ended - begun - epochs * epoch),
         "step_seconds": step,
-        "evaluation_seconds": p.evaluating_seconds / max(1, epochs),
+        "evaluation_seconds": max(0.0, epoch - steps * step),
         "peak_bytes": machine.peak_resident_bytes(),
         "runtime_bytes": idle,
         "first_loss": first_loss,

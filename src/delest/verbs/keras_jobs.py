@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delest import errors, malloc, processes, units
+from delest import errors, methods, processes
 from delest.job import Job, takes_schema
-from delest.records.plan import Plan
+from delest.records.plan import Choice, Plan
 from delest.records.source import Schema
 
 if TYPE_CHECKING:
@@ -20,14 +20,11 @@ if TYPE_CHECKING:
     from delest.verbs.workplace import Workplace
 
 WORKS = "inspect, estimate, measure, plan, train and run (--memory too), compare, shrink, report, predict, verify and load"
-AS_IT_IS = (
-    "a Keras job without a budget is trained as it is, with whole batches: nothing was estimated, and no methods were compared."
-)
 MAPPED_BYTES = (
     32 << 20
 )  # from which on malloc gives a tensor pages of its own, which go back when it does (mallopt(3), M_MMAP_THRESHOLD)
+MAPPED = Choice(method="allocator", config={"name": "mmap"}, keeps="bitwise", why="malloc gives blocks back")
 RETURNED = ", as far as tensors are large enough here through steps with malloc giving blocks back"
-NO_METHODS = "a Keras job fits a budget by parts of its batches alone: no other methods were compared."
 
 
 def is_keras(job: Job, schema: Schema) -> bool:
@@ -72,59 +69,6 @@ def refuse(job: Job, schema: Schema, what: str) -> None:
         raise errors.BadInput(f"{what} does not work with a Keras job yet. What does: {WORKS}.")
 
 
-def plan_keras(
-    place: Workplace,
-    *,
-    memory: str | int | None,
-    device: str | None,
-    threads: int | None,
-    exact: bool,
-    probe: bool,
-    say: Progress,
-) -> Plan:
-    """The batch as it is given, or within `memory` in the fewest parts that fit, by steps on a quarter and a half of it.
-
-    Raises `BadInput` for wishes that only a plan of a torch job can fulfil, `NothingFits` with the smallest budget that works.
-    """
-    from delest.frameworks.keras.session import unsupported
-    from delest.hardware import machine
-
-    wishes = {"--exact": exact, "--probe": probe, "--device": device not in (None, "auto", "cpu")}
-    asked = [name for name, given in wishes.items() if given]
-    if asked:
-        refuse(place.job, place.source.schema, f"{', '.join(asked)} (methods of torch jobs)")
-    batch = place.job.batch_size
-    plan = Plan(batch_size=batch, micro_batch=batch, threads=threads, notes=(AS_IT_IS,))
-    if faults := unsupported(place.job, plan):
-        raise errors.BadInput(faults)
-    if memory is None:
-        return plan
-    from delest.planning import probed
-    from delest.planning.request import Request
-
-    here = machine.describe()
-    whole = here.memory_limit_bytes or here.memory_bytes
-    budget = units.read_size(memory, whole)
-    if budget > whole:
-        raise errors.BadInput(
-            f"--memory {units.format_bytes(budget)} is more than this machine has ({units.format_bytes(whole)}): give at most that, or a "
-            "share as in 80%."
-        )
-    examined = _examined(place, batch, threads, say)
-    idle = examined["idle_bytes"] + max(0, machine.resident_bytes() - examined["opened_bytes"])
-    request = Request(
-        job=place.job,
-        probe=examined,
-        budget_bytes=budget,
-        asked=True,
-        idle_bytes=idle,
-        threads=threads or here.cores,
-        isolated=place.job.origin is not None,
-    )
-    chosen = probed.choose(request, (), ())
-    return replace(chosen, threads=threads, code="", notes=(*chosen.notes, NO_METHODS))
-
-
 def sweep_keras(
     place: Workplace,
     batch_sizes: Sequence[int],
@@ -144,9 +88,9 @@ def sweep_keras(
     from delest.planning.probed import Costs
 
     largest = max(min(batch, micro_batch or batch) for batch in batch_sizes)
-    sizes = _sizes(largest, len(place.splits["train"]))
-    answers = _measured(place, sizes, threads, say)
-    model, kept = answers[-1]["model"], _probe_of(answers)  # where malloc keeps what is given back, at these sizes
+    sizes = sizes_of(largest, len(place.splits["train"]))
+    answers = measured(place, sizes, threads, say)
+    model, kept = answers[-1]["model"], probe_of(answers)  # where malloc keeps what is given back, at these sizes
     returned: dict[str, Any] | None = None
     rows, found = " and ".join(map(str, sizes)), []
     for batch in batch_sizes:
@@ -156,7 +100,7 @@ def sweep_keras(
         share = _returned_share(model["outputs_bytes_a_row"], sizes[-1], part)
         if share:
             if returned is None:
-                returned = _probe_of(_measured(place, sizes, threads, say, environment=malloc.environment("mmap")))
+                returned = probe_of(measured(place, sizes, threads, say, choices=[MAPPED]))
             other = Costs(returned["idle_bytes"], returned).footprint(part, batch, 0.0, "cpu", True)
             footprint = _between(footprint, other, share)
         parts = broken_down(model, part, footprint.runtime_bytes, footprint.peak_bytes)
@@ -196,41 +140,41 @@ def measure_keras(
     if device not in (None, "auto", "cpu") or allocator not in (None, "glibc"):
         refuse(place.job, place.source.schema, "--device and --allocator")
     say.stage(f"measure: {steps} real steps in a process of its own")
-    return from_json(Footprint, _measured(place, [place.job.batch_size], threads, say, steps=steps)[0]["footprint"])
+    return from_json(Footprint, measured(place, [place.job.batch_size], threads, say, steps=steps)[0]["footprint"])
 
 
-def _examined(place: Workplace, batch: int, threads: int | None, say: Progress) -> dict[str, Any]:
-    return _probe_of(_measured(place, _sizes(batch, len(place.splits["train"])), threads, say))
+def probe_of(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `measured` found, in the form in which plans are made from it."""
+    from delest.frameworks.keras import footprint
+
+    return footprint.probe_of(answers)
 
 
-def _probe_of(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    from delest.frameworks.keras.footprint import probe_of
-
-    return probe_of(answers)
-
-
-def _sizes(batch: int, available: int) -> list[int]:
+def sizes_of(batch: int, available: int) -> list[int]:
     """A quarter and a half of a batch: enough to extrapolate from, too small to run out of memory first."""
     least = 2 if batch > 1 else 1
     return sorted({min(available, max(least, batch // 4)), min(available, max(least, batch // 2))})
 
 
-def _measured(
+def measured(
     place: Workplace,
     sizes: Sequence[int],
     threads: int | None,
     say: Progress,
     *,
     steps: int = 3,
-    environment: Mapping[str, str] | None = None,
+    choices: Sequence[Choice] = (),
+    compared: bool = False,
 ) -> list[dict[str, Any]]:
-    """What steps on so many rows take, in a fresh process each."""
+    """What steps on so many rows take by these choices of a plan, in a fresh process each; in the first, methods are `compared` too."""
+    from delest.records.form import to_json
     from delest.verbs.workplace import preprocessing_json
 
-    found = []
+    found: list[dict[str, Any]] = []
     for rows in sizes:
         if len(sizes) > 1:
-            say.stage(f"probing {steps + 1} steps on {rows} rows in a process of its own")
+            by = "".join(f" by {choice.method}" for choice in choices)
+            say.stage(f"probing {steps + 1} steps on {rows} rows{by} in a process of its own")
         index = [int(row) for row in place.splits["train"][: rows * (steps + 3)]]
         arguments: dict[str, Any] = {
             "preprocessing": preprocessing_json(place),
@@ -238,7 +182,10 @@ def _measured(
             "rows": rows,
             "threads": threads,
             "steps": steps,
+            "choices": [to_json(choice) for choice in choices],
+            "compared": compared and not found,
         }
+        environment = methods.environment(Plan(batch_size=rows, micro_batch=rows, choices=tuple(choices)))
         function = "delest.frameworks.keras.footprint:measure_job"
-        found.append(processes.call(function, place.job, timeout=3600.0, environment=dict(environment or {}), **arguments))
+        found.append(processes.call(function, place.job, timeout=3600.0, environment=environment, **arguments))
     return found

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 from delest import errors, job as jobs, malloc, processes, supervision, units
 from delest.verbs import kept_plans
-from delest.verbs.keras_jobs import is_keras, plan_keras, refuse
+from delest.verbs.keras_jobs import is_keras, refuse
+from delest.verbs.keras_planning import plan_keras
 from delest.verbs.workplace import Workplace, backend, check_batch, check_device, given_plan, open_workplace, preprocessing_json
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ class DelestCallback(keras.callbacks.Callback):
     """Follows a plan, holds a budget of memory, stops early and keeps a run folder with a report, in a training by `model.fit`.
 
     `memory` bounds the resident set ("2GiB", bytes, "80%"; None: the plan's, or nothing is guarded): a batch whose step does not fit is made again in
-    smaller parts, with the same gradients, effective batch and number of steps. `plan` is a `Plan` or the path of a plan.json (its `micro_batch`), `out` the run folder
+    smaller parts, with the same gradients, effective batch and number of steps. `plan` is a `Plan` or the path of a plan.json (its `micro_batch` and `precision`), `out` the run folder
     (None: the next runs/NAME-001). After `patience` evaluations without a better `monitor` (None: the loss), where `mode` is "min" or "max" (None: by
     its name), training stops. Raises `BadInput` with all faults, also when training begins in which it cannot act; `NothingFits` where no smaller parts are left.
     """
@@ -62,7 +62,8 @@ class DelestCallback(keras.callbacks.Callback):
         """Put our steps in place of the model's own, until training ends."""
         assert self.record is not None
         model, plan = self.model, self.wishes.plan
-        self.steps = FitSteps(model, plan.micro_batch if plan is not None else None)
+        bf16 = plan is not None and plan.config("precision") is not None
+        self.steps = FitSteps(model, plan.micro_batch if plan is not None else None, bf16=bf16)
         self.guard = Guard(self.steps, 1, self.record.note)
         self.guard.option = "memory="
         before = {name: getattr(model, name) for name in ("train_function", "test_function")}

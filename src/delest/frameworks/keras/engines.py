@@ -14,6 +14,7 @@ from keras import ops
 from delest import errors
 from delest.frameworks.keras.kernels import Kernels
 from delest.frameworks.keras.updates import fused
+from delest.training import limit
 
 
 class Engine(Protocol):
@@ -33,15 +34,17 @@ class Engine(Protocol):
         """Outputs in evaluation mode, without gradient."""
 
 
-def choose(model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None) -> Engine:
-    """The engine of the framework that Keras was loaded with."""
+def choose(
+    model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None, *, bf16: bool = False
+) -> Engine:
+    """The engine of the framework that Keras was loaded with. With `bf16` layers compute in it where a gradient is taken."""
     name = keras.backend.backend()
     engines: dict[str, type[Any]] = {"tensorflow": _TensorFlow, "jax": _Jax, "torch": _Torch}
     if name not in engines:
         raise errors.BadInput(
             f"Keras computes with {name} (KERAS_BACKEND), which cannot train: set it to {', '.join(engines)}."
         )
-    engine: Engine = engines[name](model, optimizer, mean, clip)
+    engine: Engine = engines[name](model, optimizer, mean, clip, Kernels(model, bf16=bf16))
     return engine
 
 
@@ -75,7 +78,12 @@ def survives_failed_allocation() -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a framework says that an allocation failed; each has words of its own."""
+    """Whether a framework says that an allocation failed; each has words of its own, torch others where a budget is held."""
+    if keras.backend.backend() == "torch":
+        from delest.backends.torch import rollback
+
+        if rollback.is_out_of_memory(error, limit.is_held()):
+            return True
     text = str(error).lower()
     return isinstance(error, MemoryError) or any(
         words in text for words in ("resource_exhausted", "oom when allocating", "can't allocate memory", "out of memory")
@@ -94,11 +102,12 @@ def _clipped(gradients: list[Any], clip: float | None) -> tuple[list[Any], Any]:
 class _TensorFlow:
     in_place = True
 
-    def __init__(self, model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None):
+    def __init__(
+        self, model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None, kernels: Kernels
+    ):
         import tensorflow as tf
 
         variables, mean = model.trainable_variables, tf.autograph.experimental.do_not_convert(mean)
-        kernels = Kernels(model)
 
         @tf.function(reduce_retracing=True)
         def gradient(inputs: Any, targets: Any, share: Any) -> Any:
@@ -127,12 +136,13 @@ class _TensorFlow:
 class _Jax:
     in_place = False
 
-    def __init__(self, model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None):
+    def __init__(
+        self, model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None, kernels: Kernels
+    ):
         import jax
 
         self._jax, self.model, self.optimizer = jax, model, optimizer
         trainable, others = model.trainable_variables, model.non_trainable_variables
-        kernels = Kernels(model)
 
         # `model.stateless_call` goes past `__call__`: a model whose `call` takes no `training` would then train without dropout.
         def loss_of(trained: Any, rest: Any, inputs: Any, targets: Any, share: Any) -> Any:
@@ -177,9 +187,11 @@ class _Jax:
 class _Torch:
     in_place = True
 
-    def __init__(self, model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None):
+    def __init__(
+        self, model: keras.Model, optimizer: Any, mean: Callable[[Any, Any], Any], clip: float | None, kernels: Kernels
+    ):
         self.model, self.optimizer, self.mean, self.clip = model, optimizer, mean, clip
-        self.kernels = Kernels(model)
+        self.kernels = kernels
 
     def gradient(self, inputs: Any, targets: Any, share: float) -> tuple[Any, list[Any]]:
         import torch

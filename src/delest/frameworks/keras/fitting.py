@@ -18,16 +18,18 @@ from delest.records.plan import Plan
 from delest.training.limit import too_small
 from delest.units import format_bytes
 
+METHODS = ("precision", "micro_batch")  # of a plan, that a `fit` under way can follow
+
 
 class FitSteps:
-    """What the memory guard takes for its session. `rows` is the largest part, None: whole batches."""
+    """What the memory guard takes for its session. `rows` is the largest part, None: whole batches; with `bf16` layers compute in it in training."""
 
-    def __init__(self, model: keras.Model, rows: int | None = None):
+    def __init__(self, model: keras.Model, rows: int | None = None, *, bf16: bool = False):
         self.model, self.parts, self.batch_rows, self._rows = model, 1, 1, rows
         self.sized = not engines.survives_failed_allocation()
         normalised = any(isinstance(layer, keras.layers.BatchNormalization) for layer in layers_of(model))
         self.least_rows = 2 if normalised else 1
-        self._engine = engines.choose(model, model.optimizer, self._judged, None)
+        self._engine = engines.choose(model, model.optimizer, self._judged, None, bf16=bf16)
         self._results: Callable[[], Any] = engines.compiled(model.get_metrics_result)
 
     @property
@@ -118,8 +120,12 @@ def check_budget(budget_bytes: int | None) -> None:
 
 def faults_in_fit(model: keras.Model, plan: Plan) -> list[str]:
     """What of a compiled model, or of a plan, keeps steps from being made in parts, in words."""
-    others = [one.method for one in plan.choices if one.method != "micro_batch"]
-    found = [f"the plan's {', '.join(others)} cannot be applied in model.fit, which takes micro_batch alone."] if others else []
+    others = [one.method for one in plan.choices if one.method not in METHODS]
+    found = (
+        [f"the plan's {', '.join(others)} cannot be applied in model.fit, which takes {' and '.join(METHODS)} alone."]
+        if others
+        else []
+    )
     if keras.backend.backend() == "jax":
         found.append(
             "memory= and plan= act in model.fit on TensorFlow and torch; on JAX its steps cannot be made in parts. Leave both out, which keeps "

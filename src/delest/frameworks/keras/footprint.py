@@ -22,7 +22,7 @@ import numpy as np
 from delest import malloc, tensors
 from delest.data import Feed, Preprocessing, open_job
 from delest.footprint.time import spread
-from delest.frameworks.keras import KerasBackend, building
+from delest.frameworks.keras import KerasBackend, building, precision
 from delest.frameworks.keras.layers import answers_of_layers
 from delest.frameworks.keras.optimizers import layers_of
 from delest.frameworks.keras.session import KerasSession
@@ -31,8 +31,10 @@ from delest.job import Job
 from delest.records.batch import Batch, State
 from delest.records.footprint import Footprint
 from delest.records.form import from_json, to_json
-from delest.records.plan import Plan
+from delest.records.plan import Choice, Plan
+from delest.records.source import Schema
 
+ROUNDS = 3  # of steps with and without a method
 RATE = 1e-6  # of the learning rate: weights stay where they are, so that a measured step never diverges
 PARTS = (
     "parameters",
@@ -44,10 +46,19 @@ PARTS = (
 
 
 def measure_job(
-    job: Job, *, preprocessing: dict[str, Any], index: list[int], rows: int, threads: int | None, steps: int = 5
+    job: Job,
+    *,
+    preprocessing: dict[str, Any],
+    index: list[int],
+    rows: int,
+    threads: int | None,
+    steps: int = 5,
+    choices: Sequence[dict[str, Any]] = (),
+    compared: bool = False,
 ) -> dict[str, Any]:
-    """JSON of a `Footprint` of `steps` steps on batches of `rows` of the training rows `index`, after one to warm up; with `opened_bytes`, what this
-    process held with the data opened, and `model`, what a plan must know of it.
+    """JSON of a `Footprint` of `steps` steps on batches of `rows` of the training rows `index`, after one to warm up, by the methods of a plan's `choices`;
+    with `opened_bytes`, what this process held with the data opened, `model`, what a plan must know of it, and `variants`, where methods are to be
+    `compared`: seconds of a step with and without each that may gain.
 
     `runtime_bytes` is this process with its framework started and no model. Raises `BadInput` for a job that does not work, `OutOfMemory`.
     """
@@ -59,7 +70,7 @@ def measure_job(
     KerasBackend().warm()
     malloc.give_back()
     idle = machine.resident_bytes()
-    plan = Plan(batch_size=rows, micro_batch=rows, threads=threads)
+    plan = Plan(batch_size=rows, micro_batch=rows, threads=threads, choices=tuple(from_json(Choice, one) for one in choices))
     phases: dict[str, int] = {}
 
     def read(phase: str, work: Callable[[], Any]) -> Any:
@@ -102,7 +113,32 @@ def measure_job(
         isolated=job.origin is not None,
         notes=(f"measured with {KerasBackend().runtime}.",),
     )
-    return {"footprint": to_json(footprint), "opened_bytes": opened, "base_bytes": base, "model": model}
+    variants = _variants(job, plan, source.schema, session, batches) if compared else {}
+    return {
+        "footprint": to_json(footprint),
+        "opened_bytes": opened,
+        "base_bytes": base,
+        "model": model,
+        "variants": variants,
+    }
+
+
+def _variants(
+    job: Job, plan: Plan, schema: Schema, session: KerasSession, batches: Iterator[Batch]
+) -> dict[str, dict[str, float]]:
+    """Seconds of a step with and without bf16, alternating; nothing where the recipe says which, or a product does not gain by it."""
+    if job.recipe.precision != "auto" or not precision.gains():
+        return {}
+    lowered = replace(
+        plan, choices=(*plan.choices, Choice(method="precision", config={"dtype": "bf16"}, keeps="changed", why=""))
+    )
+    sessions = {"plain": session, "with": KerasSession(replace(job, batch_size=plan.batch_size), lowered, schema)}
+    _step(sessions["with"], batches)
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for _ in range(ROUNDS):
+        for name, one in sessions.items():
+            times[name].append(_step(one, batches)[1])
+    return {"precision": {name: statistics.median(found) for name, found in times.items()}}
 
 
 def probe_of(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -130,7 +166,7 @@ def probe_of(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "opened_bytes": last["opened_bytes"],
         "idle_bytes": last["footprint"]["runtime_bytes"],
         "base_bytes": last["base_bytes"],
-        "variants": {},
+        "variants": found[0]["variants"],
         "batch_statistics": model["batch_statistics"],
         "parameters": model["parameters"],
         "model": None,

@@ -15,6 +15,7 @@ import keras
 from keras import ops
 
 from delest.frameworks.keras.optimizers import layers_of
+from delest.frameworks.keras.precision import in_bf16, in_fp32
 
 Call = Callable[..., Any]
 # Of a layer's faster call, by its type; None where it does more than such a call can.
@@ -22,10 +23,11 @@ Makers = dict[type, Callable[[Any], Call | None]]
 
 
 class Kernels:
-    """The layers of one model that have a faster way to train here; a subclass is left as it is."""
+    """The layers of one model that have a faster way to train here; a subclass is left as it is. With `bf16` all of them compute in it too."""
 
-    def __init__(self, model: keras.Model):
+    def __init__(self, model: keras.Model, *, bf16: bool = False):
         makers, self._calls = _makers(), []
+        self._lowered = in_fp32(model) if bf16 else []
         for layer in layers_of(model):
             maker = makers.get(type(layer))
             if maker is not None and "call" not in vars(layer) and (call := maker(layer)) is not None:
@@ -37,7 +39,8 @@ class Kernels:
         for layer, call in self._calls:
             object.__setattr__(layer, "call", call)
         try:
-            yield
+            with in_bf16(self._lowered):
+                yield
         finally:
             for layer, _ in self._calls:
                 object.__delattr__(layer, "call")

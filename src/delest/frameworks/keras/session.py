@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from delest import errors
+from delest import errors, malloc
 from delest.frameworks.keras import building, engines, losses, optimizers
 from delest.frameworks.keras.layers import named_weights
 from delest.job import Job
@@ -19,6 +19,8 @@ from delest.records.plan import Plan
 from delest.records.source import Schema
 from delest.tensors import Under
 from delest.training import limit
+
+METHODS = ("allocator", "precision", "micro_batch")  # of a plan, that a Keras job can follow
 
 
 class KerasSession:
@@ -33,10 +35,13 @@ class KerasSession:
         if self.sized:
             limit.only_watch()
         self.job, self.schema = job, schema
+        if plan.config("allocator") == {"name": "mmap"}:
+            malloc.fix_threshold()
         self.model = building.build(job, schema)
         self.optimizer = optimizers.build(self.model, job.recipe)
         self.loss = losses.choose(job.loss, schema.target.kind if schema.target else None, job.recipe.label_smoothing)
-        self.engine = engines.choose(self.model, self.optimizer, self.loss.mean, job.recipe.clip)
+        bf16 = job.recipe.precision == "bf16" or plan.config("precision") == {"dtype": "bf16"}
+        self.engine = engines.choose(self.model, self.optimizer, self.loss.mean, job.recipe.clip, bf16=bf16)
         normalised = any(isinstance(layer, keras.layers.BatchNormalization) for layer in optimizers.layers_of(self.model))
         self._least_rows = 2 if normalised else 1
         self.parts = math.ceil(job.batch_size / plan.micro_batch)
@@ -197,9 +202,11 @@ class _Held(Mapping[str, Any]):
 def unsupported(job: Job, plan: Plan) -> list[str]:
     """What a job or a plan asks for that Keras jobs do not have, each with what does work."""
     found = []
-    others = [choice.method for choice in plan.choices if choice.method != "micro_batch"]
+    others = [choice.method for choice in plan.choices if choice.method not in METHODS]
     if others:
-        found.append(f"the plan's {', '.join(others)} cannot be applied to a Keras job, which takes micro_batch alone.")
+        found.append(
+            f"the plan's {', '.join(others)} cannot be applied to a Keras job, which takes {', '.join(METHODS)} alone."
+        )
     if plan.device != "cpu":
         found.append(f"device {plan.device}: Keras jobs are trained on the CPU so far: leave it out.")
     for name in ("step", "predict"):
@@ -207,10 +214,6 @@ def unsupported(job: Job, plan: Plan) -> list[str]:
             found.append(
                 f"a Keras job takes no `{name}` yet: give it a `loss(outputs, targets)`, and a model whose output is judged."
             )
-    if job.recipe.precision == "bf16":
-        found.append(
-            "precision bf16: for a Keras job call keras.config.set_dtype_policy('mixed_bfloat16') in its file, and leave precision out."
-        )
     if job.recipe.memory_format == "channels_last":
         found.append("memory_format is PyTorch's: Keras has the channels last already. Leave it out.")
     return found
