@@ -136,6 +136,11 @@ def test_exact_parts_of_a_model_that_normalises_over_them_are_refused(monkeypatc
     assert methods(plan(monkeypatch, Steps(statistics=True), None, exact=True, probe=True)) == []
 
 
+def test_what_parts_do_to_statistics_is_said_without_ways_that_only_torch_jobs_have(monkeypatch: pytest.MonkeyPatch):
+    (said,) = [note for note in plan(monkeypatch, Steps(statistics=True), 70).notes if "normalises over the batch" in note]
+    assert "--exact" not in said
+
+
 def test_a_recipe_s_bf16_is_in_every_plan(monkeypatch: pytest.MonkeyPatch):
     steps = Steps(gain=None)
     for rows, names in ((None, ["precision"]), (70, ["precision", "micro_batch"])):

@@ -28,6 +28,7 @@ class Request:
     threads: int
     isolated: bool = True
     exact: bool = False  # only methods that keep the results, bit for bit or to rounding
+    recomputes: bool = True  # whether activations can be recomputed, which keeps batches whole
     allocator: str = "glibc"  # of the process that was probed
     allocators: Mapping[str, Mapping[str, Any]] = field(
         default_factory=dict
@@ -59,8 +60,8 @@ def notes(request: Request, rows: int) -> tuple[str, ...]:
     if rows < request.job.batch_size and request.probe["batch_statistics"]:
         found.append(
             f"the model normalises over the batch, and sees {rows} rows of it at a time in place of {request.job.batch_size}: results may "
-            "differ. Other ways: --exact keeps batches whole (and recomputes activations), a larger --memory, a smaller --batch-size, or "
-            "layers that do not depend on the batch (GroupNorm, LayerNorm)."
+            f"differ. Other ways: {'--exact keeps batches whole (and recomputes activations), ' * request.recomputes}a larger --memory, a smaller "
+            "--batch-size, or layers that do not depend on the batch (GroupNorm, LayerNorm)."
         )
     if request.probe["busy"]:
         found.append(

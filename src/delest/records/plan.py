@@ -63,7 +63,7 @@ class Plan:
     considered: tuple[Option, ...] = ()  # the chosen one, the fastest others that fit, the fastest that do not
     threads: int | None = None
     device: str = "cpu"
-    code: str = ""  # the equivalent plain PyTorch
+    code: str = ""  # the equivalent in a plain script of PyTorch or Keras
     made_for: dict[str, str] = field(default_factory=dict)  # `job`, a fingerprint, and `machine`, in words; empty: any
     notes: tuple[str, ...] = ()  # what should be known before it is followed
     model: dict[str, Any] | None = None  # it was made for: `parameters`, `tensors`, SHA-256 of their `shapes`

@@ -115,7 +115,7 @@ def plan_text(plan: Plan) -> str:
             table(_options(plan, plan.frontier), _OPTION_HEADER, right=(0, 1)) if plan.frontier else "",
         ),
         ("", words.more_memory_words(plan)),
-        ("as plain PyTorch", textwrap.indent(plan.code.rstrip(), "  ")),
+        ("in a script of your own", textwrap.indent(plan.code.rstrip(), "  ")),
     )
 
 

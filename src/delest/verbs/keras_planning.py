@@ -119,7 +119,9 @@ def _request(
     sizes = sizes_of(place.job.batch_size, len(place.splits["train"]))
     found = probe_of(measured(place, sizes, threads, say, choices=choices, compared=compared))
     idle = found["idle_bytes"] + max(0, machine.resident_bytes() - found["opened_bytes"])
-    return Request(job=place.job, probe=found, idle_bytes=idle, isolated=place.job.origin is not None, **wanted)
+    return Request(
+        job=place.job, probe=found, idle_bytes=idle, isolated=place.job.origin is not None, recomputes=False, **wanted
+    )
 
 
 def _code(plan: Plan) -> str:
