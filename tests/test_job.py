@@ -188,6 +188,8 @@ def test_shares_that_make_one_but_for_rounding():
         ({"predict": 1}, "predict is a int: give a function."),
         ({"metric": max}, "metric is a builtin_function_or_method without name, higher_is_better, rows, init, update, compute"),
         ({"metric": None}, "metric is a NoneType without"),
+        ({"split": (0.8, 0.2)}, "split is a tuple: give a delest.Split(...)."),
+        ({"recipe": {"epochs": 2}}, "recipe is a dict: give a delest.Recipe(...)."),
         ({"model": [1]}, "model is a list, not a factory: give a function that builds it"),
         ({"model": "net.h5"}, "model is 'net.h5': a model can be a function that builds it, or a file that ends in .keras."),
         ({"model": Path("no-net.keras")}, "model is 'no-net.keras', which does not exist"),

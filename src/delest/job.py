@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -143,7 +144,12 @@ class Job:
 
     def faults(self) -> list[str]:
         """Faults that can be seen without opening the data or building the model."""
-        found = self.split.faults() + self.recipe.faults()
+        found: list[str] = []
+        for part, kind in ((self.split, Split), (self.recipe, Recipe)):
+            if isinstance(part, kind):
+                found += part.faults()
+            else:
+                found.append(f"{kind.__name__.lower()} is a {type(part).__name__}: give a delest.{kind.__name__}(...).")
         if self.data is None:
             found.append("data is missing: give a path, arrays or a Source (on the command line: --data PATH).")
         if isinstance(self.loss, str) and self.loss not in LOSSES:
@@ -276,8 +282,8 @@ def override(job: Job, changes: Mapping[str, Any], who: str = "command line") ->
     return replace(
         job,
         **plain,
-        recipe=replace(job.recipe, **recipe),
-        split=replace(job.split, **split),
+        recipe=replace(job.recipe, **recipe) if recipe else job.recipe,
+        split=replace(job.split, **split) if split else job.split,
         set_by={**job.set_by, **dict.fromkeys(given, who)},
     )
 
@@ -364,6 +370,10 @@ def _running(path: Path | None, what: str) -> Iterator[None]:
         if isinstance(error, ModuleNotFoundError) and error.name in _KERAS:
             raise errors.MissingExtra(
                 f"{what} needs {error.name}, which is not installed: pip install 'delest[keras]'."
+            ) from error
+        if "Unable to import backend" in str(error):
+            raise errors.BadInput(
+                f"{what} uses Keras, and KERAS_BACKEND={os.environ.get('KERAS_BACKEND', '')} is none of tensorflow, jax, torch: set it to one of them."
             ) from error
         lines = [
             frame.lineno

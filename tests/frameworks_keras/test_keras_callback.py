@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ keras = pytest.importorskip("keras", reason="`make test-keras` runs this test wh
 from delest import errors  # noqa: E402
 from delest.frameworks.keras.callback import DelestCallback  # noqa: E402
 from delest.records.plan import Choice, Plan  # noqa: E402
+from delest.training import limit  # noqa: E402
 
 ON = keras.backend.backend()
 needs_parts = pytest.mark.skipif(ON == "jax", reason="steps of JAX's fit cannot be made in parts")
@@ -38,7 +40,7 @@ def model(**how: Any) -> keras.Model:
     layers = keras.layers
     made = keras.Sequential([keras.Input((6,)), layers.Dense(16, activation="relu", kernel_regularizer="l2"), layers.Dense(3)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    made.compile(optimizer=keras.optimizers.Adam(0.01), **{"loss": loss, "metrics": ["accuracy"], **how})
+    made.compile(**{"optimizer": keras.optimizers.Adam(0.01), "loss": loss, "metrics": ["accuracy"], **how})
     return made
 
 
@@ -116,11 +118,75 @@ def test_an_error_in_a_step_ends_the_run(tmp_path: Path):
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             raise ZeroDivisionError("here")
 
-    callback = DelestCallback(out=tmp_path / "run")
+    made = model()
     with pytest.raises(ZeroDivisionError):
-        fit(model(), callback, Breaks())
-    callback.close(ZeroDivisionError())  # who catches the error closes the run
+        fit(made, DelestCallback(out=tmp_path / "run"), Breaks())
+    gc.collect()
     assert run_of(tmp_path / "run")["status"] == "failed"
+
+
+@needs_parts
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_error_elsewhere_gives_the_model_its_own_steps_back(tmp_path: Path, kept: bool):
+    class Breaks(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            raise ZeroDivisionError("here")
+
+    made = model()
+    with pytest.raises(ZeroDivisionError) as held:
+        fit(made, DelestCallback("6GiB", out=tmp_path / "run"), Breaks())
+    if not kept:  # as notebooks keep the last error
+        del held
+        gc.collect()
+        assert "make_train_function" not in vars(made)
+    fit(made)
+    assert "make_train_function" not in vars(made)
+    assert made.train_function.__module__ != "delest.frameworks.keras.callback"
+    assert run_of(tmp_path / "run")["status"] == "failed"
+    assert not limit.is_held()
+
+
+@needs_parts
+def test_weights_that_the_loss_does_not_reach_stay_as_keras_leaves_them(tmp_path: Path):
+    class Spare(keras.layers.Layer):
+        def build(self, shape):
+            self.spare = self.add_weight(shape=(3,), initializer="ones", name="spare")
+
+        def call(self, inputs):
+            return inputs
+
+    def made() -> keras.Model:
+        keras.utils.set_random_seed(3)
+        found = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3), Spare()])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        found.compile(optimizer=keras.optimizers.AdamW(0.1, weight_decay=0.5), loss=loss)
+        return found
+
+    plain, ours = made(), made()
+    fit(plain)
+    fit(ours, DelestCallback(plan=PARTS, out=tmp_path / "run"))
+    for one, other in zip(ours.get_weights(), plain.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@needs_parts
+def test_losses_in_doubles_stay_doubles(tmp_path: Path):
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    try:
+        plain, ours = fit(model()), fit(model(), DelestCallback(plan=PARTS, out=tmp_path / "run"))
+    finally:
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")
+    np.testing.assert_allclose(ours["loss"], plain["loss"], rtol=1e-7)
+
+
+@needs_parts
+def test_no_fewer_parts_than_planned_where_parts_are_found_by_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("delest.frameworks.keras.engines.survives_failed_allocation", lambda: False)
+    callback = DelestCallback("8GiB", PARTS, out=tmp_path / "run")
+    fit(model(), callback)
+    assert callback.steps.parts == 4
 
 
 class Own(keras.Model):
@@ -143,6 +209,7 @@ def test_what_it_cannot_act_in_is_refused(tmp_path: Path):
     cases = [(own, "compute_loss of its own")]
     summed = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="sum")
     cases += [(model(loss=summed), "reduction='sum'")]
+    cases += [(model(optimizer=keras.optimizers.SGD(0.1, loss_scale_factor=8.0)), "loss_scale_factor")]
     if ON == "jax":
         cases = [(model(), "on JAX its steps cannot be made in parts")]
     for number, (made, words) in enumerate(cases):

@@ -69,9 +69,9 @@ def test_all_train_from_the_same_weights_and_one_is_recommended(tmp_path: Path):
 
 def test_the_layer_that_differs_is_named(tmp_path: Path):
     (tmp_path / "tiny.py").write_text(JOB.replace("ODD", "True"))
-    shown = call(tmp_path, "tiny.py", "--backends", "torch,jax", "--epochs", "1", "--priority", "memory")
+    shown = call(tmp_path, "tiny.py", "--backends", "torch,jax", "--epochs", "2", "--priority", "memory")
     assert shown.startswith("take ")
-    assert "1 epoch of 14 steps of 32 rows each, from the same weights; the whole run is 9 epochs" in " ".join(shown.split())
+    assert "2 epochs of 14 steps of 32 rows each, from the same weights; the whole run is 9 epochs" in " ".join(shown.split())
     assert "the first that gives something else is sequential/odd" in " ".join(shown.split())
 
 
@@ -87,12 +87,46 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path):
         (["tiny.py", "--priority", "beauty"], "unknown priority 'beauty'"),
         (["tiny.py", "--backends", ","], "no framework is named"),
         (["tiny.py", "--epochs", "0"], "0"),
+        (["tiny.py", "--epochs", "1"], "1 epoch of 9"),
     ):
         assert words in call(tmp_path, *given, "--json", status=2)["error"]["message"]
 
 
 def test_a_budget_that_none_keeps_ends_with_3(tmp_path: Path):
     (tmp_path / "tiny.py").write_text(JOB.replace("ODD", "False"))
-    found = call(tmp_path, "tiny.py", "--backends", "torch", "--epochs", "1", "--memory", "10MiB", "--json", status=3)
+    found = call(tmp_path, "tiny.py", "--backends", "torch", "--epochs", "2", "--memory", "10MiB", "--json", status=3)
     assert found["recommended"] is None
     assert "none stays within 10 MiB" in found["why"]
+
+
+SEQUENCES = """
+import keras
+import numpy as np
+
+import delest
+
+
+def net():
+    layers = keras.layers
+    return keras.Sequential([
+        keras.Input((6, 4)), layers.TimeDistributed(layers.Dense(8)), layers.Bidirectional(layers.GRU(5, return_sequences=True)),
+        layers.LSTM(6), layers.Dense(3)])
+
+
+random = np.random.default_rng(0)
+job = delest.Job(
+    model=net, data=(random.normal(size=(40, 6, 4)).astype(np.float32), random.integers(0, 3, 40)), batch_size=36, split=delest.Split(train=0.9, validation=0.1, selection=0.0, test=0.0),
+    recipe=delest.Recipe(epochs=8), name="steps")
+"""
+
+
+def test_recurrent_layers_and_epochs_of_one_step_are_compared(tmp_path: Path):
+    (tmp_path / "steps.py").write_text(SEQUENCES)
+    found = call(tmp_path, "steps.py", "--json")
+    assert [(one["name"], one["fault"], one["differs_at"]) for one in found["results"]] == [
+        (name, None, None) for name in ("tensorflow", "jax", "torch")
+    ]
+    assert found["steps"] == 1
+    for one in found["results"]:
+        assert one["step_seconds"] < 0.5  # compiling is not in it
+        assert one["whole_seconds"] < one["start_seconds"] + one["compile_seconds"] + 8

@@ -59,8 +59,14 @@ class Steps:
     """What steps on some rows take: so many bytes a row, the fewer where malloc gives blocks back; half the time in bf16."""
 
     def __init__(
-        self, row_bytes: int = 4 * MIB, mapped_bytes: int = 2 * MIB, statistics: bool = False, gain: float | None = 0.5
+        self,
+        row_bytes: int = 4 * MIB,
+        mapped_bytes: int = 2 * MIB,
+        statistics: bool = False,
+        gain: float | None = 0.5,
+        fault: str = "",
     ):
+        self.unsuited = {"precision": f"a step in bf16 fails: {fault}"} if fault else {}
         self.idle = machine.resident_bytes() + 8 * MIB
         self.row_bytes, self.mapped_bytes, self.statistics, self.gain = row_bytes, mapped_bytes, statistics, gain
         self.made: list[tuple[str, ...]] = []
@@ -86,7 +92,7 @@ class Steps:
             model = {"batch_statistics": self.statistics, "parameters": 51, "largest_bytes": 0, "bytes": {"parameters": 204}}
             tried = {} if not compared or self.gain is None else {"precision": {"plain": 1.0, "with": self.gain}}
             given = {"footprint": footprint, "opened_bytes": 1 << 40, "base_bytes": 0, "model": model, "variants": tried}
-            found.append(given)
+            found.append({**given, "unsuited": self.unsuited})
         return found
 
 
@@ -130,10 +136,27 @@ def test_exact_plans_leave_bf16_out(monkeypatch: pytest.MonkeyPatch):
     assert found.choices[0].keeps == "rounding"
 
 
-def test_exact_parts_of_a_model_that_normalises_over_them_are_refused(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(errors.BadInput, match="normalises over the batch"):
-        plan(monkeypatch, Steps(statistics=True), 70, exact=True)
+def test_exact_plans_of_a_model_that_normalises_over_its_batch_keep_it_whole(monkeypatch: pytest.MonkeyPatch):
+    steps = Steps(statistics=True, mapped_bytes=4 * MIB)
+    with pytest.raises(errors.NothingFits, match="with 128 rows at a time"):
+        plan(monkeypatch, steps, 70, exact=True)
+    assert methods(plan(monkeypatch, Steps(statistics=True), 300, exact=True)) == []
     assert methods(plan(monkeypatch, Steps(statistics=True), None, exact=True, probe=True)) == []
+
+
+def test_a_plan_of_the_smallest_budget_is_told_as_keras_has_it(monkeypatch: pytest.MonkeyPatch):
+    steps = Steps(mapped_bytes=4 * MIB)
+    with pytest.raises(errors.NothingFits) as caught:
+        plan(monkeypatch, steps, -0.2)
+    assert caught.value.plan is not None
+    assert 'set_dtype_policy("mixed_bfloat16")' in caught.value.plan["code"]
+    assert "torch" not in caught.value.plan["code"]
+
+
+def test_bf16_that_a_model_cannot_compute_in_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch):
+    steps = Steps(gain=None, fault="TypeError: no bf16 here")
+    (found,) = [one for one in plan(monkeypatch, steps, 200).rejected if one.method == "precision"]
+    assert found.why == "a step in bf16 fails: TypeError: no bf16 here"
 
 
 def test_what_parts_do_to_statistics_is_said_without_ways_that_only_torch_jobs_have(monkeypatch: pytest.MonkeyPatch):

@@ -12,6 +12,7 @@ keras = pytest.importorskip("keras", reason="`make test-keras` runs this test wh
 
 from keras import layers  # noqa: E402
 
+from delest import errors  # noqa: E402
 from delest.frameworks.keras import KerasBackend, precision  # noqa: E402
 from delest.frameworks.keras.optimizers import layers_of  # noqa: E402
 from delest.frameworks.keras.session import KerasSession  # noqa: E402
@@ -70,6 +71,43 @@ def test_training_is_in_bf16_and_nothing_else_is(wish: dict[str, Any]):
     assert loss != float(own.step(batch(), 1.0).loss)
     assert {layer.dtype_policy.name for layer in layers_of(lowered.model)} == {"float32"}
     assert {array.dtype for array in lowered.weights().values()} == {np.dtype(np.float32)}
+
+
+class Own(keras.Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.last = layers.Dense(6), layers.Dense(3)
+
+    def call(self, inputs: Any) -> Any:
+        rows = keras.ops.reshape(inputs, (-1, 48))[:, :6]
+        return self.last(rows + self.dense(rows))
+
+
+def test_a_call_of_one_s_own_takes_part_and_a_loss_of_one_s_own_is_taken_in_fp32():
+    seen = []
+
+    def loss(outputs: Any, targets: Any) -> Any:
+        seen.append(keras.backend.standardize_dtype(outputs.dtype))
+        scores = keras.ops.log_softmax(outputs)
+        return -keras.ops.mean(keras.ops.take_along_axis(scores, keras.ops.cast(targets, "int32")[:, None], axis=1))
+
+    job = Job(model=Own, data="unused", batch_size=12, recipe=Recipe(label_smoothing=0.0), loss=loss)
+    lowered = KerasSession(job, PLAN_BF16, SCHEMA)
+    assert np.isfinite(float(lowered.step(batch(), 1.0).loss))
+    assert set(seen) == {"float32"}
+    assert {layer.dtype_policy.name for layer in layers_of(lowered.model)} == {"float32"}
+
+
+def test_a_model_that_cannot_is_told_in_words():
+    class Stubborn(layers.Layer):
+        def call(self, inputs: Any) -> Any:
+            if keras.backend.standardize_dtype(inputs.dtype) != "float32":
+                raise TypeError("only fp32 here")
+            return inputs
+
+    made = lambda: keras.Sequential([keras.Input((8, 6)), layers.Flatten(), layers.Dense(3), Stubborn()])  # noqa: E731
+    with pytest.raises(errors.BadInput, match=r"a step in bf16 fails: .*only fp32 here"):
+        session(made, plan=PLAN_BF16).step(batch(), 1.0)
 
 
 @pytest.mark.parametrize("model", [plain, nested])

@@ -17,6 +17,7 @@ from delest import errors  # noqa: E402
 from delest.backends.torch import losses as torch_losses  # noqa: E402
 from delest.backends.torch.session import TorchSession  # noqa: E402
 from delest.frameworks.keras import KerasBackend, engines, losses  # noqa: E402
+from delest.frameworks.keras.layers import changing  # noqa: E402
 from delest.frameworks.keras.session import KerasSession  # noqa: E402
 from delest.hardware import machine  # noqa: E402
 from delest.job import Job, Recipe  # noqa: E402
@@ -182,11 +183,61 @@ def test_penalties_of_layers_are_learnt_from():
     assert float(trained.step(judged, 0.0).loss) == pytest.approx(np.log(3) + 1e-3 * float((kernel**2).sum()), rel=1e-4)
 
 
+def test_weights_that_were_frozen_are_not_copied_before_a_step():
+    def partly() -> Any:
+        made = restless()
+        next(layer for layer in made.layers if isinstance(layer, keras.layers.Dense)).trainable = False
+        return made
+
+    frozen = session(partly).model.non_trainable_variables
+    trained = session(partly).model
+    kept = {id(variable) for variable in changing(trained)}
+    assert frozen
+    for layer in trained.layers:
+        if isinstance(layer, keras.layers.Dense) and not layer.trainable:
+            assert not kept & {id(variable) for variable in layer.weights}
+        if isinstance(layer, keras.layers.BatchNormalization):
+            assert {id(layer.moving_mean), id(layer.moving_variance)} <= kept
+
+
+def test_an_array_that_somebody_else_holds_is_left_to_him():
+    table = keras.ops.convert_to_tensor(np.ones((6, 3), np.float32))
+
+    def shared() -> Any:
+        inputs = keras.Input((6,))
+        one, other = (keras.layers.Dense(3, name=name) for name in ("one", "other"))
+        made = keras.Model(inputs, one(inputs) + other(inputs))
+        one.kernel.assign(table)
+        other.kernel.assign(table)
+        return made
+
+    for _ in range(2):
+        session(shared).step(batch(), 1.0)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(table), np.ones((6, 3)))
+
+
+@pytest.mark.skipif(
+    ON == "jax", reason="JAX gives zeros for what the loss does not reach, as Keras's own steps have them there"
+)
+def test_weights_that_the_loss_does_not_reach_do_not_decay():
+    class Spare(keras.layers.Layer):
+        def build(self, shape: Any) -> None:
+            self.spare = self.add_weight(shape=(3, 3), initializer="ones", name="spare")
+
+        def call(self, inputs: Any) -> Any:
+            return inputs
+
+    trained = session(lambda: keras.Sequential([keras.Input((6,)), keras.layers.Dense(3), Spare()]))
+    trained.step(batch(), 1.0)
+    (spare,) = [array for name, array in trained.weights().items() if name.endswith("spare")]
+    np.testing.assert_array_equal(spare, np.ones((3, 3)))
+
+
 # All or nothing
 
 
 @pytest.mark.parametrize(
-    ("raised", "seen"), [(MemoryError("can't allocate memory"), errors.OutOfMemory), (ValueError("x"), ValueError)]
+    ("raised", "seen"), [(MemoryError("can't allocate memory"), errors.OutOfMemory), (ValueError("x"), errors.BadInput)]
 )
 def test_a_step_that_fails_changes_nothing(raised: Exception, seen: type[Exception]):
     calls: list[int] = []
@@ -443,6 +494,12 @@ def by_operation() -> keras.Model:
         (ending_in("softmax"), {}, "ends in a softmax"),
         (lambda: keras.Sequential([keras.Input((6,)), ending_in("softmax")()]), {}, "ends in a softmax"),
         (by_operation, {}, "ends in a softmax"),
+        (
+            lambda: keras.Sequential([keras.Input((6,)), keras.layers.Reshape((2, 3)), keras.layers.Dense(3)]),
+            {},
+            "gives \\(2, 3\\) values",
+        ),
+        (lambda: keras.Sequential([keras.Input((6,)), keras.layers.Dense(3, trainable=False)]), {}, "no trainable weights"),
         (ending_in(units=4), {}, r"gives \(4,\) values a row; there are 3 classes"),
         (lambda: keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)]), {}, r"does not take its inputs \(\[2, 6\]\)"),
         (lambda: 1 / 0, {}, "building the model failed: ZeroDivisionError"),
@@ -461,3 +518,8 @@ def by_operation() -> keras.Model:
 def test_what_cannot_work_is_said_in_words(model: Any, changes: dict[str, Any], words: str):
     with pytest.raises(errors.BadInput, match=words):
         session(model, **changes)
+
+
+def test_a_loss_that_is_not_one_number_is_said_in_words():
+    with pytest.raises(errors.BadInput, match=r"the loss gives \(12,\) values, not one number"):
+        session(loss=lambda outputs, targets: keras.ops.sum(outputs, axis=-1)).step(batch(), 1.0)

@@ -48,7 +48,7 @@ def sized(session: Session, budget: int, monkeypatch: pytest.MonkeyPatch) -> lis
 
 
 def test_the_fewest_parts_that_fit_follow_from_two_small_steps(monkeypatch: pytest.MonkeyPatch):
-    assert sized(Session(), 1000 * MIB, monkeypatch) == [16, 8, 2, 1, 1]
+    assert sized(Session(), 1000 * MIB, monkeypatch) == [16, 8, 4, 1, 1]
     found = sized(session := Session(), 300 * MIB, monkeypatch)
     assert found[:2] == [16, 8]
     assert session.peak() <= 300 * MIB
@@ -117,6 +117,39 @@ def test_the_guard_sets_no_limit_and_writes_down_what_it_found(tmp_path: Path, m
     assert found[2] == found[3] not in (1, 8)
     (line,) = [json.loads(line) for line in (tmp_path / "decisions.jsonl").read_text().splitlines()]
     assert (line["kind"], line["at"], line["phase"], line["parts"]) == ("split", 1, "sizing", found[2])
+
+
+def test_the_small_last_batch_of_an_epoch_says_nothing_of_whole_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    session, made, peaks = Session(), [], []
+    monkeypatch.setattr(machine, "peak_resident_bytes", lambda: peaks[-1])
+    guard, position, decisions = Guard(session, session.rows, lambda text: None), Position(), Decisions(None)
+    with guard.watching(machine.resident_bytes() + 4096 * MIB):
+        assert guard._sizing is not None
+        guard._sizing.budget_bytes = 300 * MIB
+        for step in range(8):
+            rows = session.rows if step % 2 == 0 else 1
+            guard.attempt(
+                lambda rows=rows: peaks.append(200 * MIB + min(rows, -(-session.rows // session.parts)) * session.a_row),
+                decisions,
+                position,
+                rows=rows,
+            )
+            made.append(session.parts)
+            position.step += 1
+    assert max(peaks) <= 300 * MIB
+    assert made[0] == made[1] == 16
+    assert made[-1] < 8
+
+
+def test_parts_that_did_not_fit_are_made_smaller_again(monkeypatch: pytest.MonkeyPatch):
+    session = Session(a_row=MIB)
+    monkeypatch.setattr(machine, "peak_resident_bytes", lambda: session.peak() + 400 * MIB * (session.parts < 2))
+    sizing = Sizing(session, 400 * MIB, "--memory ")
+    for step in range(4):
+        if sizing.wants(step):
+            sizing.begin(step, session.rows)
+            sizing.end(session.rows)
+    assert (session.parts, sizing.wants(4)) == (2, False)
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])

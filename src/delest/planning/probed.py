@@ -103,7 +103,8 @@ def choose(request: Request, faster: Sequence[Choice], rejected: Sequence[Reject
     def predict(rows: int) -> Footprint:
         return _predict(request, faster, rows)
 
-    plain, least = predict(batch), request.least_rows
+    plain = predict(batch)
+    least = min((request.least_rows, batch), key=lambda rows: predict(rows).high_bytes)  # parts keep gradients besides
     if predict(least).high_bytes > budget_bytes:
         smallest = predict(least).high_bytes + SLACK_BYTES
         at_least = choose(replace(request, budget_bytes=smallest), faster, rejected)
@@ -176,5 +177,6 @@ def faster(request: Request) -> tuple[list[Choice], list[Rejection]]:
         else:
             rejected.append(Rejection(method=method, why=f"no gain here: {measured}"))
     if job.recipe.precision == "auto" and "precision" not in probe["variants"]:
-        rejected.append(Rejection(method="precision", why="bf16 products are slower than fp32 on this processor"))
+        slower = "bf16 products are slower than fp32 on this processor"
+        rejected.append(Rejection(method="precision", why=probe.get("unsuited", {}).get("precision", slower)))
     return choices, rejected

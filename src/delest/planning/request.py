@@ -41,7 +41,9 @@ class Request:
 
     @property
     def least_rows(self) -> int:
-        """Of a part: statistics over a batch need two."""
+        """Of a part: statistics over a batch need two, and exact ones the whole batch where activations cannot be recomputed."""
+        if self.probe["batch_statistics"] and self.exact and not self.recomputes:
+            return self.job.batch_size
         return min(self.job.batch_size, 2 if self.probe["batch_statistics"] else 1)
 
     @property

@@ -97,9 +97,15 @@ class Guard:
                     self._thread = None
 
     def attempt(
-        self, work: Callable[[], Result], decisions: Decisions, position: Position, *, evaluating: bool = False
+        self,
+        work: Callable[[], Result],
+        decisions: Decisions,
+        position: Position,
+        *,
+        rows: int | None = None,
+        evaluating: bool = False,
     ) -> Result:
-        """What `work` gives: a step, or an evaluation. Where memory runs out it is begun again with the batch in more parts.
+        """What `work` gives: a step on `rows` rows (None: a whole batch), or an evaluation. Where memory runs out it is begun again with the batch in more parts.
 
         Raises `NothingFits` where no smaller parts are left; `OutOfMemory` where the update failed, which may be half done.
         """
@@ -109,7 +115,8 @@ class Guard:
         if not evaluating:
             self._ease(decisions, position)
         sizing = self._sizing
-        if evaluating or sizing is None or not sizing.wants(position.step):
+        small = rows is not None and rows < self.batch_size  # the last of an epoch, which says nothing of whole batches
+        if evaluating or small or sizing is None or not sizing.wants(position.step):
             sizing = None
         tried: set[int] = set()  # parts
         while True:
@@ -191,10 +198,11 @@ class Guard:
             decisions.take("split", position.step)
             self.session.parts = max(self.session.parts, line["parts"])
             position.decisions, followed = decisions.count, True
-            self._keep_parts()
+            self.keep_parts()
         return followed
 
-    def _keep_parts(self) -> None:
+    def keep_parts(self) -> None:
+        """No fewer parts than the session has, from here on."""
         if self._sizing is not None:
             self._sizing.at_least(self.session.parts)
 
@@ -238,7 +246,7 @@ class Guard:
         why = f"{why}, of a budget of {format_bytes(self.budget_bytes or 0)}: {self._rows_words(parts)}"
         decisions.take("split", position.step, phase=phase, parts=parts, why=why, **facts)
         self.session.parts, position.parts, position.decisions = parts, parts, decisions.count
-        self._keep_parts()
+        self.keep_parts()
         self.note(f"step {position.step:,}: {why}.")
 
     def _next_parts(self) -> int:

@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from delest.records.batch import Batch, Step
 
 READ_EVERY = 10  # steps between two readings of the loss: a GPU never waits for it
+STEPS_TIMED = 1000
 LEAST_PROGRESS = 1e-4
 SETBACKS = 3  # the third state that is not finite ends the run
 
@@ -72,6 +74,7 @@ class Trainer:
         self.signals = Signals()
         self.guard = Guard(self.session, self.train_feed.batch_size, lambda text: self.progress.note(text))
         self._pending: list[Any] = []
+        self.step_seconds: deque[float] = deque(maxlen=STEPS_TIMED)  # of the newest steps; on a GPU until they were asked for
         self._seen = 0.0
         if not self.position.total_steps:
             epochs = self.recipe.epochs_for(len(self.train_feed), self.train_feed.batch_size)
@@ -165,6 +168,7 @@ class Trainer:
             step = self._step(batch, rate)
             if step is None:
                 return
+            self.step_seconds.append(time.monotonic() - started)
             self._pending.append(step)
             p.step, p.row = p.step + 1, p.row + step.count
             last = p.step >= p.total_steps or p.row >= len(self.train_feed)
@@ -187,7 +191,7 @@ class Trainer:
     def _step(self, batch: Batch, rate: float) -> Step | None:
         """One step, or None where memory ran out in the middle of its update: back to a checkpoint, with more parts."""
         try:
-            return self.guard.attempt(lambda: self.session.step(batch, rate), self.decisions, self.position)
+            return self.guard.attempt(lambda: self.session.step(batch, rate), self.decisions, self.position, rows=batch.count)
         except errors.OutOfMemory as error:
             if self.limits.memory_bytes is None or not self.saving:
                 raise

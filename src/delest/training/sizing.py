@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 STEPS = 2
 SMALLEST, FEWEST = 16, 4  # parts of a batch in the first step; the second has half as many
 MARGIN = 0.1  # of what rows take
-LEAP = 4  # times the rows that were measured, at most: what compiling takes hides what few rows do
+FIRST_LEAP, LEAP = (
+    2,
+    4,
+)  # times the rows that were measured, at most: what compiling takes in the first steps hides what few rows do
 
 
 class Sizing:
@@ -27,17 +30,19 @@ class Sizing:
         self.session, self.budget_bytes, self.option = session, budget_bytes, option
         self._least_parts = session.parts  # planned, or decided since
         self._readings: list[tuple[int, int]] = []  # rows of a part, highest resident bytes
-        self._closed = False
+        self._closed, self._begun_at = False, 0
 
     def wants(self, step: int) -> bool:
-        """Whether a step is still to be looked at. A run that goes on after its first two steps stays with the parts that it has."""
-        return not self._closed and (step < STEPS or len(self._readings) >= STEPS)
+        """Whether a whole batch's step is still to be looked at. A run that goes on after its first two steps stays with the parts that it has."""
+        return not self._closed and (step < STEPS or bool(self._readings))
 
     def begin(self, step: int, batch_rows: int) -> None:
         """Before a step: the first one's parts are a sixteenth of a batch, the second's an eighth; a quarter and a half where rows are normalised by each other."""
-        session, least = self.session, self._least_rows(batch_rows)
-        if step < STEPS:
-            rows = max(least, batch_rows // (SMALLEST if least == 1 else FEWEST)) << step
+        session, least, made = self.session, self._least_rows(batch_rows), len(self._readings)
+        if not made:
+            self._begun_at = step  # 1 where the run goes on after its first step
+        if made < STEPS:
+            rows = max(least, batch_rows // (SMALLEST if least == 1 else FEWEST)) << (made + self._begun_at)
             session.parts = min(session.most_parts, max(self._least_parts, math.ceil(batch_rows / rows)))
         machine.reset_peak()
 
@@ -51,7 +56,7 @@ class Sizing:
 
     def end(self, batch_rows: int) -> str | None:
         """After it: once two were made the fewest parts are set that are expected to fit by the last two, then again after the step with those, until they are no
-        fewer; what was decided, in words. Raises `NothingFits`."""
+        fewer (or more, where those did not fit); what was decided, in words. Raises `NothingFits`."""
         session, least, first = self.session, self._least_rows(batch_rows), len(self._readings) < STEPS
         self._readings.append((math.ceil(batch_rows / session.parts), machine.peak_resident_bytes()))
         if len(self._readings) < STEPS:
@@ -64,15 +69,16 @@ class Sizing:
             why = f"steps on {few} and {more} rows came to {format_bytes(low)} and {format_bytes(high)}"
             raise too_small(self.budget_bytes, smallest + MARGIN_BYTES, why, "", self.option)
         rows = batch_rows if a_row == 0 and room > 0 else more + math.floor(room / max(1.0, a_row))
-        rows = max(least, min(rows, LEAP * more))
+        rows = max(least, min(rows, (FIRST_LEAP if first else LEAP) * more))
         parts = max(self._least_parts, min(session.most_parts, math.ceil(batch_rows / rows)))
         self._closed = parts >= session.parts
-        if self._closed and not first:
+        if parts == session.parts and not first:
             return None
         session.parts = parts
         part = math.ceil(batch_rows / parts)
         words = f"{parts} parts of {part} rows" if parts > 1 else "whole batches"
-        return f"a row takes {format_bytes(a_row)}, of a budget of {format_bytes(self.budget_bytes)}: {words}"
+        so_far, then = ("", "") if self._closed or parts == 1 else ("so far ", "next ")
+        return f"{so_far}a row takes {format_bytes(a_row)}, of a budget of {format_bytes(self.budget_bytes)}: {then}{words}"
 
     def _least_rows(self, batch_rows: int) -> int:
         return max(1, batch_rows // self.session.most_parts)

@@ -71,6 +71,10 @@ def compare(
     feed = place.feed("train")
     whole = place.job.recipe.epochs_for(len(feed), feed.batch_size)
     trained = epochs or min(EPOCHS, whole)
+    if trained == 1 < whole:
+        raise errors.BadInput(
+            f"1 epoch of {whole} does not tell what compiling takes from what epochs do: give --epochs 2 or more."
+        )
     with tempfile.TemporaryDirectory(prefix="delest-") as folder:
         found: list[FrameworkResult] = []
         for number, name in enumerate(names, 1):
@@ -208,18 +212,17 @@ def train_under(
     own.mkdir()
     trainer = build_trainer(place, session, own, Progress())
     trainer.limits = Limits(checkpoint_seconds=LONGEST_SECONDS)
-    starts = _watched(session)
+    spans = _watched(session)
     ready, begun = time.time(), time.monotonic()
     trainer.train()
     ended = time.monotonic()
     p, steps = trainer.position, place.feed("train").steps
-    last = starts[-steps:]
-    gaps = [after - before for before, after in pairwise(last)] or [p.training_seconds]
-    if epochs > 1:
-        step, epoch = statistics.mean(gaps), ended - last[0]
-    else:  # whose first step compiles
-        step = statistics.median(gaps)
-        epoch = steps * step + p.evaluating_seconds
+    last = spans[-steps:]
+    gaps = [after[0] - before[0] for before, after in pairwise(last)]
+    if epochs == 1:  # of one: its first step compiles
+        gaps = [statistics.median(gaps[1:])] if len(gaps) > 1 else []
+    step = statistics.mean(gaps or [last[-1][1] - last[-1][0]])
+    epoch = ended - last[0][0] if epochs > 1 else steps * step + p.evaluating_seconds
     return {
         "versions": under.versions(),
         "start_seconds": ready - began - looked,
@@ -241,17 +244,19 @@ def _workplace(job: jobs.Job, preprocessing: dict[str, Any]) -> Workplace:
     return Workplace(job, source, split(source, job.split, job.seed), from_json(Preprocessing, preprocessing))
 
 
-def _watched(session: Any) -> list[float]:
-    """The moments at which steps begin, from now on."""
+def _watched(session: Any) -> list[tuple[float, float]]:
+    """The moments at which steps begin and end, from now on."""
     step: Callable[..., Any] = session.step
-    starts: list[float] = []
+    spans: list[tuple[float, float]] = []
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        starts.append(time.monotonic())
-        return step(*args, **kwargs)
+        began = time.monotonic()
+        found = step(*args, **kwargs)
+        spans.append((began, time.monotonic()))
+        return found
 
     session.step = timed
-    return starts
+    return spans
 
 
 # Agreement

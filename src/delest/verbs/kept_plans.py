@@ -16,6 +16,7 @@ from delest import __version__, errors
 from delest.hardware import probes
 from delest.records.form import to_plain
 from delest.units import format_bytes
+from delest.verbs.keras_jobs import is_keras
 from delest.verbs.workplace import Workplace, preprocessing_json
 
 if TYPE_CHECKING:
@@ -49,14 +50,20 @@ def key_of(place: Workplace, here: Hardware, threads: int, device: str, fewer_th
 
 
 def made_for(place: Workplace, here: Hardware) -> dict[str, str]:
-    """What a plan holds for: a fingerprint of what of a job decides on memory and time, and the machine in words."""
+    """What a plan holds for: a fingerprint of what of a job decides on memory and time, the machine in words, and the framework under Keras."""
     job = place.job.describe()
     about = [job[name] for name in ("model", "step", "predict", "loss", "batch_size", "image_size")]
     about += [job["recipe"][name] for name in ("optimizer", "clip", "precision", "memory_format")]
     about.append(to_plain(place.source.schema))
     fingerprint = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     size = format_bytes(here.memory_limit_bytes or here.memory_bytes)
+    framework = {}
+    if is_keras(place.job, place.source.schema):
+        import keras
+
+        framework["framework"] = keras.backend.backend()
     return {
+        **framework,
         "job": fingerprint,
         "machine": f"{here.processor}, {here.cores} cores, {', '.join(here.instruction_sets[-2:])}, {size}",
     }

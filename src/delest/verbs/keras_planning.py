@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from delest import errors, malloc, units
+from delest.records.form import from_json
 from delest.records.plan import Choice, Plan
+from delest.verbs import kept_plans
 from delest.verbs.keras_jobs import measured, probe_of, refuse, sizes_of
 from delest.verbs.workplace import Workplace
 
@@ -37,7 +39,7 @@ def plan_keras(
     """The batch as it is given, or, within `memory` or with `probe`, in the fewest parts that fit and the precision that is faster, by steps on a quarter
     and a half of it; `exact` leaves out what changes the results by more than rounding.
 
-    Raises `BadInput` for wishes that only a plan of a torch job can fulfil and exact ones that no parts can, `NothingFits` with the smallest budget that works.
+    Raises `BadInput` for wishes that only a plan of a torch job can fulfil, `NothingFits` with the smallest budget that works.
     """
     from delest.frameworks.keras.session import unsupported
     from delest.hardware import machine
@@ -51,7 +53,7 @@ def plan_keras(
     if faults := unsupported(place.job, plan):
         raise errors.BadInput(faults)
     if memory is None and not probe:
-        return replace(plan, code=_code(plan))
+        return replace(plan, code=_code(plan), made_for=kept_plans.made_for(place, machine.describe()))
     began, here = time.monotonic(), machine.describe()
     whole = here.memory_limit_bytes or here.memory_bytes
     budget = here.available_bytes + machine.resident_bytes() if memory is None else units.read_size(memory, whole)
@@ -62,18 +64,19 @@ def plan_keras(
         )
     wanted = {"budget_bytes": budget, "asked": memory is not None, "threads": threads or here.cores, "exact": exact}
     plain = _request(place, wanted, threads, say, compared=not exact)
-    if exact and memory is not None and plain.probe["batch_statistics"]:
-        raise errors.BadInput(
-            "this model normalises over the batch, and a Keras job keeps within a budget by parts of batches, which see other statistics: leave out "
-            "--exact or --memory."
-        )
     faster, rejected = probed.faster(plain)
     followed = plain if not faster or lowered else _request(place, wanted, threads, say, choices=faster)
-    chosen = _within(place, followed, faster, rejected, wanted, threads, say)
+    try:
+        chosen = _within(place, followed, faster, rejected, wanted, threads, say)
+    except errors.NothingFits as error:
+        if error.plan is not None:
+            error.plan["code"] = _code(from_json(Plan, error.plan))
+        raise
     notes = (*chosen.notes, COMPARED)
     place.seconds["planning"] = time.monotonic() - began
     at_first = replace(probed.plain_footprint(plain, ()), step_seconds=probed.predicted_seconds(plain, ()))
-    return replace(chosen, plain=at_first, threads=threads, code=_code(chosen), notes=notes)
+    made_for = kept_plans.made_for(place, here)
+    return replace(chosen, plain=at_first, threads=threads, code=_code(chosen), notes=notes, made_for=made_for)
 
 
 def _within(
@@ -94,13 +97,14 @@ def _within(
     except errors.NothingFits as error:
         if malloc.started_with() != "glibc" or not malloc.is_glibc() or place.job.origin is None:
             raise
-        say.note(f"{error}")
         why = f"nothing fits {units.format_bytes(request.budget_bytes)} with malloc as it comes"
+        say.note(f"{why}: steps once more with one that gives blocks back")
         choices = [make_choice("allocator", {"name": "mmap"}, request.probe, why), *faster]
         other = _request(place, wanted, threads, say, choices=choices)
-        if other.idle_bytes + other.probe["base_bytes"] >= error.smallest_bytes:
-            raise
-        return probed.choose(other, choices, rejected)
+        try:
+            return probed.choose(other, choices, rejected)
+        except errors.NothingFits as with_other:
+            raise min(with_other, error, key=lambda one: one.smallest_bytes or 0) from None
 
 
 def _request(

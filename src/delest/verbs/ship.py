@@ -242,7 +242,8 @@ def predict(bundle: str | Path, inputs: Sequence[str | Path]) -> list[dict[str, 
     from delest import bundle as bundles
     from delest.bundle.inputs import predict_rows
 
-    return predict_rows(bundles.load(_bundle_folder(Path(bundle))), [Path(item) for item in inputs])
+    paths = [Path(item) for item in inputs]
+    return predict_rows(bundles.load(_bundle_folder(Path(bundle), paths)), paths)
 
 
 def load(path: str | Path, factory: Callable[..., Any] | None = None) -> Any:
@@ -311,8 +312,8 @@ def _keras_model(job: jobs.Job, schema: Any, changed: dict[str, Any], weights: A
     return session.model
 
 
-def _bundle_folder(folder: Path) -> Path:
-    """The bundle that a folder is or holds; a trained run without one is exported first."""
+def _bundle_folder(folder: Path, needed: Sequence[Path]) -> Path:
+    """The bundle that a folder is or holds; a trained run without one is exported first, where all that is `needed` then exists."""
     if (folder / "bundle.json").exists():
         return folder
     for name in ("shrunk", "bundle"):
@@ -321,5 +322,7 @@ def _bundle_folder(folder: Path) -> Path:
     if not (folder / "job.json").exists():
         reason = "it does not exist" if not folder.exists() else "it has neither bundle.json nor job.json"
         raise errors.BadInput(f"{folder} holds no bundle and no run: {reason}.")
+    if missing := [f"{path} does not exist (looked in {Path.cwd()})." for path in needed if not path.exists()]:
+        raise errors.BadInput(missing)
     shrink(folder, time=0)
     return folder / "shrunk"

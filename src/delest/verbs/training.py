@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shlex
+import statistics
 import time as clock
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -333,14 +334,15 @@ def _go_on(run: Run, verb: str) -> str:
 def _measured(run: Run, idle: int, peak: int, trainer: Trainer) -> Footprint:
     """The highest peak of all parts of the run."""
     assert run.plan is not None
-    steps = max(1, trainer.position.step)
+    mean = trainer.position.training_seconds / max(1, trainer.position.step)  # with what compiling took, and saving
+    timed = trainer.step_seconds if run.plan.device == "cpu" else ()
     peak = max(peak, run.measured.peak_bytes if run.measured else 0)
     return Footprint(
         peak_bytes=peak,
         runtime_bytes=idle,
         low_bytes=peak,
         high_bytes=peak,
-        step_seconds=trainer.position.training_seconds / steps,
+        step_seconds=statistics.median(timed) if timed else mean,
         batch_size=run.plan.batch_size,
         micro_batch=run.plan.micro_batch,
         device=run.plan.device,

@@ -51,7 +51,10 @@ def build(job: Job, schema: Schema) -> keras.Model:
     model = _load(Path(job.model)) if isinstance(job.model, (str, Path)) else _make(job, schema)
     if not isinstance(model, keras.Model):
         raise errors.BadInput(f"the model factory gave a {type(model).__name__}, not a keras.Model.")
-    _check_outputs(model, _try(model, schema), job, schema)
+    outputs = _try(model, schema)
+    if not model.trainable_variables:
+        raise errors.BadInput("the model has no trainable weights: there is nothing to train.")
+    _check_outputs(model, outputs, job, schema)
     _seed_all(job.seed)
     return model
 
@@ -88,7 +91,12 @@ def where(error: BaseException) -> str:
     place = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
     words = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # Keras prints in bold
     lines = [line.strip() for line in words.splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])}{place}"
+    kind = type(error).__name__
+    if lines and lines[0] == "in user code:":  # TensorFlow tells its trace first
+        first = next((place for place, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception|BadInput): ", line)), 0)
+        named, _, words = lines[first].partition(": ")
+        kind, lines = named.rpartition(".")[2], [words, *lines[first + 1 :]]
+    return f"{kind}: {' '.join(lines[:2])}{place}"
 
 
 def _try(model: keras.Model, schema: Schema) -> Any:
@@ -98,12 +106,25 @@ def _try(model: keras.Model, schema: Schema) -> Any:
     faults = []
     for given in forms:
         try:
-            return model(tensors(received(given, schema)), training=False)
+            return _answer(model, tensors(received(given, schema)))
         except Exception as error:
             faults.append(error)
     raise errors.BadInput(
         f"the model does not take its inputs ({_shapes(received(inputs, schema))}): {where(faults[0])}"
     ) from faults[0]
+
+
+def _answer(model: keras.Model, inputs: Any) -> Any:
+    """Outputs in evaluation mode; on JAX compiled as one, which takes a fifth of the time of compiling each operation."""
+    if keras.backend.backend() != "jax" or not model.built:
+        return model(inputs, training=False)
+    import jax
+
+    def answered(values: Any, given: Any) -> Any:
+        with keras.StatelessScope(zip(model.variables, values, strict=True)):
+            return model(given, training=False)
+
+    return jax.jit(answered)([variable.value for variable in model.variables], inputs)
 
 
 def _check_outputs(model: keras.Model, outputs: Any, job: Job, schema: Schema) -> None:
@@ -127,9 +148,9 @@ def _check_outputs(model: keras.Model, outputs: Any, job: Job, schema: Schema) -
             "(keras.layers.Dense(classes) without activation)."
         )
     wanted = {schema.outputs, 1} if schema.outputs == 2 and not schema.is_text else {schema.outputs}
-    if len(outputs.shape) < 2 or outputs.shape[-1] not in wanted:
+    if len(outputs.shape) < 2 or outputs.shape[-1] not in wanted or (target.kind == "class" and len(outputs.shape) > 2):
         raise errors.BadInput(
-            f"the model gives {tuple(outputs.shape[1:])} values a row; there are {schema.outputs} classes: give the last layer as many units."
+            f"the model gives {tuple(outputs.shape[1:])} values a row; there are {schema.outputs} classes: let the last layer give [B, {schema.outputs}]."
         )
 
 

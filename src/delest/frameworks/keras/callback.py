@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import keras
 from delest import errors
 from delest.frameworks import wishes
 from delest.frameworks.keras import KerasBackend
-from delest.frameworks.keras.fitting import FitSteps, batch_of, check_budget, faults_in_fit, rows_of_fit
+from delest.frameworks.keras.fitting import FitSteps, batch_of, check_budget, faults_in_fit, iterator_of_fit
 from delest.frameworks.record import Record
 from delest.records.plan import Plan
 from delest.training.guard import Guard
@@ -28,7 +29,7 @@ class DelestCallback(keras.callbacks.Callback):
     `memory` bounds the resident set ("2GiB", bytes, "80%"; None: the plan's, or nothing is guarded): a batch whose step does not fit is made again in
     smaller parts, with the same gradients, effective batch and number of steps. `plan` is a `Plan` or the path of a plan.json (its `micro_batch` and `precision`), `out` the run folder
     (None: the next runs/NAME-001). After `patience` evaluations without a better `monitor` (None: the loss), where `mode` is "min" or "max" (None: by
-    its name), training stops. Raises `BadInput` with all faults, also when training begins in which it cannot act; `NothingFits` where no smaller parts are left.
+    its name), training stops. Where `fit` ends by an error the model gets its own steps back, and the run is written as failed, once the error is let go. Raises `BadInput` with all faults, also when training begins in which it cannot act; `NothingFits` where no smaller parts are left.
     """
 
     def __init__(
@@ -52,9 +53,12 @@ class DelestCallback(keras.callbacks.Callback):
         if given.acts and (faults := faults_in_fit(model, given.followed)):
             raise errors.BadInput(faults)
         check_budget(given.budget_bytes)
-        self._rows = rows_of_fit()
+        iterator = iterator_of_fit()
+        self._rows = int(getattr(getattr(iterator, "data_adapter", None), "batch_size", None) or 0)
         job = {"name": model.name, "loop": f"Keras {keras.__version__}", "optimizer": model.optimizer.name, "origin": None}
         self.record = Record(given.out, job, given.followed, 1, KerasBackend().versions())
+        if iterator is not None:  # which ends with the fit: callbacks are not told of errors
+            self._open.callback(weakref.finalize(iterator, self.close, RuntimeError("fit did not come to its end")).detach)
         if given.acts:
             self._take_over()
 
@@ -80,10 +84,15 @@ class DelestCallback(keras.callbacks.Callback):
                 make_test_function(force)
                 self._test, model.test_function = model.test_function, test_function
 
-        model.train_function, model.make_test_function = train_function, make_tests
+        def make_training(force: bool = False) -> None:
+            self.close(RuntimeError("another fit begins, and this one has not come to its end"))
+            model.make_train_function(force)
+
+        model.train_function, model.make_test_function, model.make_train_function = train_function, make_tests, make_training
 
         def back() -> None:
-            object.__delattr__(model, "make_test_function")
+            for name in ("make_test_function", "make_train_function"):
+                object.__delattr__(model, name)
             for name, function in before.items():
                 setattr(model, name, function)
 
@@ -96,9 +105,12 @@ class DelestCallback(keras.callbacks.Callback):
     def _attempt(self, batch: Any, work: Any, *, evaluating: bool = False) -> Any:
         """Work on a batch, in as many parts as fit. An error, of which callbacks are not told, ends the run."""
         assert self.record is not None
-        self._rows, self.guard.batch_size = max(self._rows, self.steps.see(batch)), self.steps.batch_rows
+        before, rows, record = self.steps.parts, self.steps.see(batch), self.record
+        self._rows, self.guard.batch_size = max(self._rows, rows), self.steps.batch_rows
+        if self.steps.parts > before:  # as planned
+            self.guard.keep_parts()
         try:
-            return self.guard.attempt(lambda: work(batch), self.record.decisions, self.record.position, evaluating=evaluating)
+            return self.guard.attempt(lambda: work(batch), record.decisions, record.position, rows=rows, evaluating=evaluating)
         except BaseException as error:
             self.close(error)
             raise

@@ -23,8 +23,8 @@ class Engine(Protocol):
     in_place: bool  # statistics and seeds inside the model change in place: who may want them back keeps copies
 
     def gradient(self, inputs: Any, targets: Any, share: float) -> tuple[Any, list[Any]]:
-        """`share` of the mean loss of a micro-batch (penalties of layers included), and its gradient for each trainable variable.
-        Statistics and seeds inside the model go on."""
+        """`share` of the mean loss of a micro-batch (penalties of layers included), and its gradient for each trainable variable: None for one that
+        the loss does not depend on, zeros on JAX. Statistics and seeds inside the model go on."""
 
     def update(self, gradients: list[Any]) -> Any:
         """One step of the optimizer; gives the norm of the gradient before clipping, None where nothing is clipped. One that fails leaves weights
@@ -94,9 +94,17 @@ def _clipped(gradients: list[Any], clip: float | None) -> tuple[list[Any], Any]:
     """Gradients scaled so that the norm of all together is at most `clip`, and that norm before."""
     if clip is None:
         return gradients, None
-    norm = ops.sqrt(sum(ops.sum(ops.square(ops.cast(gradient, "float32"))) for gradient in gradients))
+    found = [gradient for gradient in gradients if gradient is not None]
+    norm = ops.sqrt(sum(ops.sum(ops.square(ops.cast(gradient, "float32"))) for gradient in found))
     scale = ops.minimum(1.0, clip / (norm + 1e-6))
-    return [gradient * ops.cast(scale, gradient.dtype) for gradient in gradients], norm
+    return [None if one is None else one * ops.cast(scale, one.dtype) for one in gradients], norm
+
+
+def added(gradients: list[Any] | None, more: list[Any]) -> list[Any]:
+    """The sum of two parts' gradients; `gradients` None: of the first part."""
+    if gradients is None:
+        return more
+    return [a if b is None else b if a is None else a + b for a, b in zip(gradients, more, strict=True)]
 
 
 class _TensorFlow:
@@ -112,10 +120,9 @@ class _TensorFlow:
         @tf.function(reduce_retracing=True)
         def gradient(inputs: Any, targets: Any, share: Any) -> Any:
             with tf.GradientTape() as tape, kernels.used():
-                loss = (mean(model(inputs, training=True), targets) + penalties(model.losses)) * share
-            values = [variable.value for variable in variables]
-            found = tape.gradient(loss, values, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-            return loss, [tf.convert_to_tensor(one) for one in found]  # those of embeddings hold single rows
+                loss = _penalised(mean(_wide(model(inputs, training=True)), targets), model.losses, share)
+            found = tape.gradient(loss, [variable.value for variable in variables])
+            return loss, [None if one is None else tf.convert_to_tensor(one) for one in found]  # embeddings' hold single rows
 
         @tf.function
         def update(gradients: Any) -> Any:
@@ -143,13 +150,14 @@ class _Jax:
 
         self._jax, self.model, self.optimizer = jax, model, optimizer
         trainable, others = model.trainable_variables, model.non_trainable_variables
+        for variable in (*trainable, *optimizer.variables):  # an array that somebody else holds too cannot be handed over
+            variable.assign(jax.numpy.array(variable.value, copy=True))
 
         # `model.stateless_call` goes past `__call__`: a model whose `call` takes no `training` would then train without dropout.
         def loss_of(trained: Any, rest: Any, inputs: Any, targets: Any, share: Any) -> Any:
             values = zip([*trainable, *others], [*trained, *rest], strict=True)
             with keras.StatelessScope(values, collect_losses=True) as scope, kernels.used():
-                outputs = model(inputs, training=True)
-                loss = (mean(outputs, targets) + penalties(model.losses)) * share
+                loss = _penalised(mean(_wide(model(inputs, training=True)), targets), model.losses, share)
             return loss, [scope.get_current_value(variable) for variable in others]
 
         def answered(trained: Any, rest: Any, inputs: Any) -> Any:
@@ -197,9 +205,10 @@ class _Torch:
         import torch
 
         with self.kernels.used():
-            loss = (self.mean(self.model(inputs, training=True), targets) + penalties(self.model.losses)) * share
+            outputs = _wide(self.model(inputs, training=True))
+            loss = _penalised(self.mean(outputs, targets), self.model.losses, share)
         values = _values(self.model.trainable_variables)
-        return loss.detach(), list(torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True))
+        return loss.detach(), list(torch.autograd.grad(loss, values, allow_unused=True))
 
     def update(self, gradients: list[Any]) -> Any:
         import torch
@@ -225,9 +234,26 @@ def compiled(function: Callable[[], Any]) -> Callable[[], Any]:
     return tf.function(function)
 
 
-def penalties(losses: list[Any]) -> Any:
-    """What layers add to the loss, in all."""
-    return sum(ops.cast(ops.sum(loss), "float32") for loss in losses) if losses else 0.0
+def penalised(loss: Any, losses: list[Any]) -> Any:
+    """A loss with what layers add to it. Raises `BadInput` for one that is not a single number."""
+    if len(loss.shape):
+        raise errors.BadInput(
+            f"the loss gives {tuple(loss.shape)} values, not one number: take their mean, as in keras.ops.mean(...)."
+        )
+    return sum((ops.cast(ops.sum(one), loss.dtype) for one in losses), loss)
+
+
+def _penalised(loss: Any, losses: list[Any], share: Any) -> Any:
+    return penalised(loss, losses) * ops.cast(share, loss.dtype)
+
+
+def _wide(outputs: Any) -> Any:
+    """What a model gives, from bf16 to fp32: losses are taken in no less."""
+    return keras.tree.map_structure(lambda one: ops.cast(one, "float32") if _is_bf16(one) else one, outputs)
+
+
+def _is_bf16(tensor: Any) -> bool:
+    return bool(keras.backend.standardize_dtype(tensor.dtype) == "bfloat16")
 
 
 def _values(variables: list[Any]) -> list[Any]:

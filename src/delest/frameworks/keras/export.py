@@ -1,9 +1,10 @@
-"""A Keras network as ONNX: by torch's exporter on torch, by tf2onnx on TensorFlow; on JAX, which has no exporter, it is built again on
-torch, in a process of its own, with the same weights.
+"""A Keras network as ONNX: by torch's exporter on torch, by tf2onnx on TensorFlow. On JAX, which has no exporter, and where the own one does not know an operation, it
+is built again on another framework, in a process of its own, with the same weights.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -34,15 +35,27 @@ def export_session(session: KerasSession, inputs: Any, path: Path) -> None:
             f"the network computes in {half[0]} (its dtype policy), which ONNX Runtime has no layers for on a CPU. The trained model is kept; its "
             "weights fit the same network under the policy float32, as --init-from."
         )
-    under = keras.backend.backend()
-    if under != "jax":
-        (_from_torch if under == "torch" else _from_tensorflow)(session, inputs, path)
-        return
-    if session.job.origin is None:
+    under, faults = keras.backend.backend(), []
+    if under == "jax" and session.job.origin is None:
         raise errors.BadInput(
             "a network of Keras on JAX is exported by another process that builds it on torch, and a job given as Python objects cannot "
             "be built there: put it in a file, or train with KERAS_BACKEND=torch or tensorflow."
         )
+    for other in sorted(_EXPORTERS, key=lambda name: name != under):
+        try:
+            if other == under:
+                _EXPORTERS[under](session, inputs, path)
+            elif session.job.origin is None or importlib.util.find_spec(other) is None:
+                continue
+            else:
+                _export_under(other, session, inputs, path)
+            return
+        except errors.BadInput as error:
+            faults.append(error)
+    raise faults[0]
+
+
+def _export_under(other: str, session: KerasSession, inputs: Any, path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="delest-") as folder:
         weights = Path(folder, "weights.safetensors")
         with storage.written_atomically(weights) as file:
@@ -50,7 +63,7 @@ def export_session(session: KerasSession, inputs: Any, path: Path) -> None:
         processes.call(
             "delest.frameworks.keras.export:export_rebuilt",
             session.job,
-            environment={"KERAS_BACKEND": "torch"},
+            environment={"KERAS_BACKEND": other},
             schema=to_json(session.schema),
             architecture=getattr(session.job.model, "architecture", None),
             weights=str(weights),
@@ -62,7 +75,7 @@ def export_session(session: KerasSession, inputs: Any, path: Path) -> None:
 def export_rebuilt(
     job: Job, *, schema: dict[str, Any], architecture: dict[str, Any] | None, weights: str, path: str, positional: bool
 ) -> dict[str, Any]:
-    """`export_session` in a process whose Keras computes with torch, for weights that were trained on JAX."""
+    """`export_session` in a process whose Keras computes with torch or TensorFlow, for weights that were trained on another framework."""
     known = from_json(Schema, schema)
     if architecture is not None:
         job = replace(job, model=NarrowFactory(job, known, architecture))
@@ -71,11 +84,11 @@ def export_rebuilt(
         session.load_weights(tensors.Arrays(Path(weights)))
     except errors.BadInput as error:
         raise errors.BadInput(
-            f"the network was trained on JAX and is exported through torch, where it could not be built again: {error} Write its layers "
+            f"the network is exported through {keras.backend.backend()}, where it could not be built again: {error} Write its layers "
             "with keras.ops to get a bundle; the trained model is kept."
         ) from error
     inputs = building.example(known)
-    _from_torch(session, tuple(inputs.values()) if positional else inputs, Path(path))
+    _EXPORTERS[keras.backend.backend()](session, tuple(inputs.values()) if positional else inputs, Path(path))
     return {}
 
 
@@ -104,9 +117,7 @@ def _from_tensorflow(session: KerasSession, inputs: Any, path: Path) -> None:
             tf.function(answer, input_signature=signature, autograph=False), signature, opset=_OPSET
         )
     except Exception as error:
-        raise errors.BadInput(
-            f"the network cannot be written as ONNX: {building.where(error)}. The trained model is kept; replace that operation to get a bundle."
-        ) from error
+        raise _no_form(error) from error
     used = {node.domain for node in proto.graph.node} | {""}
     kept = [one for one in proto.opset_import if one.domain in used]
     del proto.opset_import[:]
@@ -138,4 +149,16 @@ def _from_torch(session: KerasSession, inputs: Any, path: Path) -> None:
                 given = given.permute(0, 2, 3, 1)
             return self.network(given, training=False)
 
-    export_network(Network(), inputs, path)
+    try:
+        export_network(Network(), inputs, path)
+    except errors.BadInput as error:
+        raise _no_form(error.__cause__ or error) from error
+
+
+def _no_form(error: BaseException) -> errors.BadInput:
+    return errors.BadInput(
+        f"the network cannot be written as ONNX: {building.where(error)}. The trained model is kept; replace that operation to get a bundle."
+    )
+
+
+_EXPORTERS = {"torch": _from_torch, "tensorflow": _from_tensorflow}

@@ -12,6 +12,7 @@ import numpy as np
 
 from delest import errors
 from delest.frameworks.keras import engines
+from delest.frameworks.keras.layers import changing
 from delest.frameworks.keras.optimizers import layers_of
 from delest.hardware import machine
 from delest.records.plan import Plan
@@ -53,14 +54,14 @@ class FitSteps:
     def step(self, data: Any) -> Any:
         """One step on a batch; gives the metrics so far. On failure weights, statistics and metrics are as before, but for an update that fails
         for want of memory: `OutOfMemory.begun` says so."""
-        rows, phase, back = self.see(data), "forward", self._remember(self.model.non_trainable_variables)
+        rows, phase, back = self.see(data), "forward", self._remember(changing(self.model))
         try:
             gradients: list[Any] | None = None
             for part in self._divided(data, rows):
                 inputs, targets, weights = keras.utils.unpack_x_y_sample_weight(part)
                 judged = {"targets": targets, "weights": weights}
                 _, found = self._engine.gradient(inputs, judged, _rows_of(part) / rows)
-                gradients = found if gradients is None else [a + b for a, b in zip(gradients, found, strict=True)]
+                gradients = engines.added(gradients, found)
             assert gradients is not None
             phase = "optimizer"
             self._engine.update(gradients)
@@ -85,7 +86,7 @@ class FitSteps:
         targets, weights, model = judged["targets"], judged["weights"], self.model
         loss = model._compile_loss(targets, outputs, weights)
         rows = keras.ops.shape(keras.tree.flatten(outputs)[0])[0]
-        model._loss_tracker.update_state(loss + engines.penalties(model.losses), sample_weight=rows)
+        model._loss_tracker.update_state(engines.penalised(loss, model.losses), sample_weight=rows)
         model.compute_metrics(None, targets, outputs, weights)
         return loss
 
@@ -145,6 +146,8 @@ def faults_in_fit(model: keras.Model, plan: Plan) -> list[str]:
             )
     if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
         found.append("the policy mixed_float16 scales losses, which parts do not: use mixed_bfloat16.")
+    elif model.optimizer.loss_scale_factor is not None:
+        found.append("the optimizer's loss_scale_factor scales losses, which parts do not: leave it out.")
     if model.steps_per_execution != 1:
         found.append(f"steps_per_execution is {model.steps_per_execution}: with memory= or plan= compile with 1.")
     return found
@@ -155,14 +158,14 @@ def batch_of(given: Any) -> Any:
     return given[0] if isinstance(given, (list, tuple)) else next(given)
 
 
-def rows_of_fit() -> int:
-    """Rows of a batch of the `fit` in which we are called, 0 where they are not known."""
+def iterator_of_fit() -> Any:
+    """What gives the `fit` in which we are called its batches; None where it is not known."""
     frame = sys._getframe(1)
     while frame is not None:
         if (found := frame.f_locals.get("epoch_iterator")) is not None:
-            return int(found.data_adapter.batch_size or 0)
+            return found
         frame = frame.f_back  # type: ignore[assignment]
-    return 0
+    return None
 
 
 def _is_keras_own(model: keras.Model, name: str) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from delest import malloc, tensors
+from delest import errors, malloc, tensors
 from delest.data import Feed, Preprocessing, open_job
 from delest.footprint.time import spread
 from delest.frameworks.keras import KerasBackend, building, precision
@@ -57,8 +57,8 @@ def measure_job(
     compared: bool = False,
 ) -> dict[str, Any]:
     """JSON of a `Footprint` of `steps` steps on batches of `rows` of the training rows `index`, after one to warm up, by the methods of a plan's `choices`;
-    with `opened_bytes`, what this process held with the data opened, `model`, what a plan must know of it, and `variants`, where methods are to be
-    `compared`: seconds of a step with and without each that may gain.
+    with `opened_bytes`, what this process held with the data opened, `model`, what a plan must know of it, and, where methods are to be `compared`,
+    `variants`, seconds of a step with and without each that may gain, and `unsuited`, why one cannot be.
 
     `runtime_bytes` is this process with its framework started and no model. Raises `BadInput` for a job that does not work, `OutOfMemory`.
     """
@@ -113,32 +113,36 @@ def measure_job(
         isolated=job.origin is not None,
         notes=(f"measured with {KerasBackend().runtime}.",),
     )
-    variants = _variants(job, plan, source.schema, session, batches) if compared else {}
+    variants, unsuited = _variants(job, plan, source.schema, session, batches) if compared else ({}, {})
     return {
         "footprint": to_json(footprint),
         "opened_bytes": opened,
         "base_bytes": base,
         "model": model,
         "variants": variants,
+        "unsuited": unsuited,
     }
 
 
 def _variants(
     job: Job, plan: Plan, schema: Schema, session: KerasSession, batches: Iterator[Batch]
-) -> dict[str, dict[str, float]]:
-    """Seconds of a step with and without bf16, alternating; nothing where the recipe says which, or a product does not gain by it."""
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Seconds of a step with and without bf16, alternating, or why there is none; nothing where the recipe says which, or a product does not gain by it."""
     if job.recipe.precision != "auto" or not precision.gains():
-        return {}
+        return {}, {}
     lowered = replace(
         plan, choices=(*plan.choices, Choice(method="precision", config={"dtype": "bf16"}, keeps="changed", why=""))
     )
     sessions = {"plain": session, "with": KerasSession(replace(job, batch_size=plan.batch_size), lowered, schema)}
-    _step(sessions["with"], batches)
+    try:
+        _step(sessions["with"], batches)
+    except errors.BadInput as error:
+        return {}, {"precision": str(error)}
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for _ in range(ROUNDS):
         for name, one in sessions.items():
             times[name].append(_step(one, batches)[1])
-    return {"precision": {name: statistics.median(found) for name, found in times.items()}}
+    return {"precision": {name: statistics.median(found) for name, found in times.items()}}, {}
 
 
 def probe_of(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -167,6 +171,7 @@ def probe_of(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "idle_bytes": last["footprint"]["runtime_bytes"],
         "base_bytes": last["base_bytes"],
         "variants": found[0]["variants"],
+        "unsuited": found[0]["unsuited"],
         "batch_statistics": model["batch_statistics"],
         "parameters": model["parameters"],
         "model": None,

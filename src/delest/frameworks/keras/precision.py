@@ -20,8 +20,13 @@ _WIDTH, _TIMES = 512, 5  # of the product that is timed
 
 
 def in_fp32(model: keras.Model) -> list[Any]:
-    """The layers of a model that compute in fp32, without the models among them, which only hand on."""
-    return [layer for layer in layers_of(model) if layer.dtype_policy.name == "float32" and not isinstance(layer, keras.Model)]
+    """The layers of a model that compute in fp32, without the models among them that only hand on."""
+    return [layer for layer in layers_of(model) if layer.dtype_policy.name == "float32" and not _hands_on(layer)]
+
+
+def _hands_on(layer: Any) -> bool:
+    """Whether a layer is a model without a `call` of its own."""
+    return isinstance(layer, keras.Model) and type(layer).call.__module__.startswith("keras.src.models.")
 
 
 @contextlib.contextmanager

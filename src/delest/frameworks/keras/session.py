@@ -12,7 +12,7 @@ import numpy as np
 
 from delest import errors, malloc
 from delest.frameworks.keras import building, engines, losses, optimizers
-from delest.frameworks.keras.layers import named_weights
+from delest.frameworks.keras.layers import changing, named_weights
 from delest.job import Job
 from delest.records.batch import Batch, Lazy, Outputs, State, Step
 from delest.records.plan import Plan
@@ -40,12 +40,12 @@ class KerasSession:
         self.model = building.build(job, schema)
         self.optimizer = optimizers.build(self.model, job.recipe)
         self.loss = losses.choose(job.loss, schema.target.kind if schema.target else None, job.recipe.label_smoothing)
-        bf16 = job.recipe.precision == "bf16" or plan.config("precision") == {"dtype": "bf16"}
-        self.engine = engines.choose(self.model, self.optimizer, self.loss.mean, job.recipe.clip, bf16=bf16)
+        self.bf16 = job.recipe.precision == "bf16" or plan.config("precision") == {"dtype": "bf16"}
+        self.engine = engines.choose(self.model, self.optimizer, self.loss.mean, job.recipe.clip, bf16=self.bf16)
         normalised = any(isinstance(layer, keras.layers.BatchNormalization) for layer in optimizers.layers_of(self.model))
         self._least_rows = 2 if normalised else 1
         self.parts = math.ceil(job.batch_size / plan.micro_batch)
-        self._base_rate = float(self.optimizer.learning_rate)
+        self._base_rate, self._stepped = float(self.optimizer.learning_rate), False
         kept = {id(variable) for variable in self.model.weights}
         self._seeds = [variable for variable in self.model.non_trainable_variables if id(variable) not in kept]
 
@@ -75,15 +75,19 @@ class KerasSession:
                 inputs, targets = self._tensors(part.inputs), building.tensors(part.targets)
                 loss, found = self.engine.gradient(inputs, targets, part.count / batch.count)
                 total = loss if total is None else total + loss
-                gradients = found if gradients is None else [a + b for a, b in zip(gradients, found, strict=True)]
+                gradients = engines.added(gradients, found)
             assert gradients is not None
             phase = "optimizer"
             norm = self.engine.update(gradients)
         except Exception as error:
             before()
             if not engines.is_out_of_memory(error):
-                raise
+                if self._stepped or isinstance(error, errors.DelestError):
+                    raise
+                what = "a step in bf16" if self.bf16 else "a training step"
+                raise errors.BadInput(f"{what} fails: {building.where(error)}") from error
             raise errors.OutOfMemory(phase, str(error).partition("\n")[0], phase == "optimizer") from error
+        self._stepped = True
         return Step(Lazy(lambda: float(total)), batch.count, None if norm is None else Lazy(lambda: float(norm)))
 
     def _parts_of(self, count: int) -> int:
@@ -94,14 +98,14 @@ class KerasSession:
 
     def _remember(self) -> Callable[[], None]:
         """Note what a forward pass changes (statistics, seeds, the rate), and give the function that brings it back."""
-        changing, rate = self.model.non_trainable_variables, self.optimizer.learning_rate
+        variables, rate = changing(self.model), self.optimizer.learning_rate
         copied = keras.ops.copy if self.engine.in_place else lambda value: value
-        values = [copied(variable.value) for variable in changing]
-        changing, values = [*changing, rate], [*values, keras.ops.copy(rate.value)]  # which an update takes
+        values = [copied(variable.value) for variable in variables]
+        variables, values = [*variables, rate], [*values, keras.ops.copy(rate.value)]  # which an update takes
         random = _torch_state()
 
         def back() -> None:
-            for variable, value in zip(changing, values, strict=True):
+            for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
             _set_torch_state(random)
 
