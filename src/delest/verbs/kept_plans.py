@@ -17,7 +17,7 @@ from delest.hardware import probes
 from delest.records.form import to_plain
 from delest.units import format_bytes
 from delest.verbs.keras_jobs import is_keras
-from delest.verbs.workplace import Workplace, preprocessing_json
+from delest.verbs.workplace import Workplace, backend, preprocessing_json
 
 if TYPE_CHECKING:
     from delest.records.hardware import Hardware
@@ -59,9 +59,7 @@ def made_for(place: Workplace, here: Hardware) -> dict[str, str]:
     size = format_bytes(here.memory_limit_bytes or here.memory_bytes)
     framework = {}
     if is_keras(place.job, place.source.schema):
-        import keras
-
-        framework["framework"] = keras.backend.backend()
+        framework["framework"] = backend(place.job, place.source.schema).runtime
     return {
         **framework,
         "job": fingerprint,
