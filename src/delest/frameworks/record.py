@@ -148,8 +148,12 @@ class Record:
         storage.write_json(self.folder / "plan.json", plan)
         storage.write_json(self.folder / "run.json", self.run)
         lines = storage.read_lines(self.folder / "metrics.jsonl")
-        path = write_report(self.folder, self.run, metrics=lines, shrunk=None, hardware=machine.describe(accelerators=True))
-        self.note(f"report: {path}")
+        try:
+            path = write_report(self.folder, self.run, metrics=lines, shrunk=None, hardware=machine.describe(accelerators=True))
+        except (MemoryError, SystemError):  # the latter where a module cannot be read in for want of it
+            self.note(f"memory ran out before the report was written: delest report {self.folder} writes it.")
+        else:
+            self.note(f"report: {path}")
         return self.run
 
 
