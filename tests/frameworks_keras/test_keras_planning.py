@@ -119,6 +119,7 @@ def test_parts_and_bf16_are_chosen_by_steps(monkeypatch: pytest.MonkeyPatch):
     assert found.plain.step_seconds == pytest.approx(2 * found.predicted.step_seconds)
     assert 'set_dtype_policy("mixed_bfloat16")' in found.code
     assert "gradient_accumulation_steps=2" in found.code
+    assert found.made_for["framework"] == f"Keras on {keras.backend.backend()}"
 
 
 def test_bf16_that_does_not_gain_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch):

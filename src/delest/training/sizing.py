@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 STEPS = 2
 SMALLEST, FEWEST = 16, 4  # parts of a batch in the first step; the second has half as many
 MARGIN = 0.1  # of what rows take
-FIRST_LEAP, LEAP = (
-    2,
-    4,
-)  # times the rows that were measured, at most: what compiling takes in the first steps hides what few rows do
+# Times the rows that were measured, at most: what compiling takes in the first steps hides what few rows do.
+FIRST_LEAP, LEAP = 2, 4
 
 
 class Sizing:

@@ -35,7 +35,8 @@ def export_session(session: KerasSession, inputs: Any, path: Path) -> None:
             f"the network computes in {half[0]} (its dtype policy), which ONNX Runtime has no layers for on a CPU. The trained model is kept; its "
             "weights fit the same network under the policy float32, as --init-from."
         )
-    under, faults = keras.backend.backend(), []
+    under = keras.backend.backend()
+    faults: list[errors.DelestError] = []
     if under == "jax" and session.job.origin is None:
         raise errors.BadInput(
             "a network of Keras on JAX is exported by another process that builds it on torch, and a job given as Python objects cannot "
@@ -50,7 +51,7 @@ def export_session(session: KerasSession, inputs: Any, path: Path) -> None:
             else:
                 _export_under(other, session, inputs, path)
             return
-        except errors.BadInput as error:
+        except (errors.BadInput, errors.ProbeFailed) as error:
             faults.append(error)
     raise faults[0]
 
