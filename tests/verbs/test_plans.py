@@ -11,7 +11,6 @@ import pytest
 
 import delest
 from delest import errors, job as jobs, processes
-from delest.backends.torch import TorchBackend
 from delest.cli import main
 from delest.hardware import machine
 from delest.records.form import from_json
@@ -50,9 +49,9 @@ def job(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def probed(job, monkeypatch) -> list[str]:
-    """Functions that were called in child processes; the machine is quiet."""
-    TorchBackend().warm()  # what this process holds does not grow between two plans
+    """Functions that were called in child processes; the machine is quiet, and this process does not grow between two plans of one probe."""
     called, call, compare = [], processes.call, planning._compared_on_traces
+    held, idle_bytes = {}, planning._idle_bytes
 
     def counted(function, *arguments, **named):
         called.append(function.rpartition(":")[2])
@@ -65,6 +64,9 @@ def probed(job, monkeypatch) -> list[str]:
 
     monkeypatch.setattr(processes, "call", counted)
     monkeypatch.setattr(planning, "_compared_on_traces", compared)
+    monkeypatch.setattr(
+        planning, "_idle_bytes", lambda place, probe: held.setdefault(probe["idle_bytes"], idle_bytes(place, probe))
+    )
     return called
 
 
