@@ -4,11 +4,13 @@
 
 A row is a model on a framework. In one process the same `fit` is made by turns with no callback, with one that records, and with one that also holds a budget in
 which the whole batch fits: the seconds of a step are the median over all turns, but for the first steps of each. Then, in processes of their own, under a limit of the
-kernel's (RLIMIT_DATA) that is lowered until `fit` dies: the same fit with the callback, which holds half of what the fit took.
+kernel's that is lowered until `fit` dies: the same fit with the callback. Limits are of two kinds. A memory cgroup counts what is resident, as containers do (it takes root
+to make one): the callback holds nine tenths of it. RLIMIT_DATA counts address space, of which libraries take more than they use: the callback holds half of what the fit took.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -17,42 +19,62 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import results_file
+
+from delest import malloc
+from delest.hardware import machine
 
 HERE = Path(__file__).parent
 ROWS = tuple(f"{model} {framework}" for model in ("cnn", "mlp", "transformer") for framework in ("tensorflow", "torch"))
 WAYS = ("fit", "recorded", "guarded")
 ROUNDS, SKIPPED, EPOCHS = 6, 3, 2
 AMPLE_BYTES = 8 << 30
-SHARES = (2.0, 1.4, 1.0, 0.8, 0.6)  # of what a fit took, as the limit
+LIMITS = {"cgroup": (1.0, 0.9, 0.8, 0.7, 0.6), "data": (2.0, 1.4, 1.0, 0.8, 0.6)}  # by kind: shares of what a fit took
+GROUPS = {  # files of a group: its limit, and what counts against it
+    "/sys/fs/cgroup/memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
+    "/sys/fs/cgroup": ("memory.max", "memory.current"),
+}
 SLOWER = 1.03
 
 
 def child(framework: str, *words: str) -> dict[str, Any] | None:
     """What a process of ours found; None where it died."""
     environment = {**os.environ, "KERAS_BACKEND": framework, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    done = subprocess.run([sys.executable, __file__, "child", *words], capture_output=True, text=True, env=environment)
-    if done.returncode == 2:
-        raise SystemExit(f"{framework}: {' '.join(words)}: {done.stderr[-2000:]}")
-    found: dict[str, Any] | None = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+    process = subprocess.Popen(
+        [sys.executable, __file__, "child", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    out, error = process.communicate()
+    for root in GROUPS:  # of one that was killed
+        with contextlib.suppress(OSError):
+            Path(root, f"delest-{process.pid}").rmdir()
+    if process.returncode == 2:
+        raise SystemExit(f"{framework}: {' '.join(words)}: {error[-2000:]}")
+    found: dict[str, Any] | None = json.loads(out.splitlines()[-1]) if process.returncode == 0 else None
     return found
 
 
 def measure(name: str) -> dict[str, Any]:
     model, framework = name.split()
-    turns, whole = child(framework, "turns", model), child(framework, "limited", model, "fit", "0", "0")
+    turns, whole = child(framework, "turns", model), child(framework, "limited", model, "fit", "none", "0", "0")
     if turns is None or whole is None:
         raise SystemExit(f"{name}: the fit ended with no limit")
-    row, taken = {"row": name, **turns, "fit_bytes": whole["taken_bytes"]}, whole["taken_bytes"]
-    for share in SHARES:
+    taken = whole["taken_bytes"]
+    return {"row": name, **turns, "fit_bytes": taken, **{kind: under_limit(framework, model, kind, taken) for kind in LIMITS}}
+
+
+def under_limit(framework: str, model: str, kind: str, taken: int) -> dict[str, Any] | None:
+    """The highest limit under which a fit died that takes so many bytes, and what it did with the callback; None where it always lived."""
+    for share in LIMITS[kind]:
         room = int(share * taken)
-        if child(framework, "limited", model, "fit", str(room), "0") is None:
-            held = child(framework, "limited", model, "guarded", str(room), str(taken // 2))
-            return {**row, "room_bytes": room, "held": held}
-    return row
+        if child(framework, "limited", model, "fit", kind, str(room), "0") is None:
+            memory = int(0.9 * room) if kind == "cgroup" else taken // 2
+            held = child(framework, "limited", model, "guarded", kind, str(room), str(memory))
+            return {"room_bytes": room, "memory_bytes": memory, "held": held}
+    return None
 
 
 def turns(model: str) -> dict[str, Any]:
@@ -89,24 +111,50 @@ def callback(way: str, folder: Path, memory: int) -> list[Any]:
     return [] if way == "fit" else [DelestCallback(memory if way == "guarded" else None, out=folder)]
 
 
-def limited(model: str, way: str, room: int, memory: int) -> dict[str, Any]:
-    """A `fit` that may take `room` bytes more than are taken before it, of which the callback holds `memory`; no limit where `room` is 0."""
-    import frameworks_child as ours
+@contextlib.contextmanager
+def limiting(kind: str) -> Iterator[Callable[[int], None]]:
+    """What lets this process take so many bytes more than it has by then. It joins a group at once, which so counts all that it has."""
+    if kind != "cgroup":
+        yield set_limit_on_data if kind == "data" else lambda room: None
+        return
+    root = next(Path(root) for root in GROUPS if Path(root, "cgroup.procs").exists())
+    limit, usage = GROUPS[str(root)]
+    group = root / f"delest-{os.getpid()}"
+    group.mkdir()
+    Path(group, "cgroup.procs").write_text(str(os.getpid()))
+    try:
 
-    from delest import malloc
-    from delest.hardware import machine
+        def set_limit(room: int) -> None:
+            Path(group, limit).write_text(str(int(Path(group, usage).read_text()) + room))
 
-    place = ours.opened(model)
-    x, y = ours.arrays(place)
-    net = ours.compiled(place)
-    net.fit(x[:8], y[:8], batch_size=8, epochs=1, verbose=0)
-    malloc.give_back()
-    data, resident = machine.data_and_resident_bytes()
-    machine.reset_peak()
-    if room:
-        resource.setrlimit(resource.RLIMIT_DATA, (data + room, data + room))
-    with tempfile.TemporaryDirectory() as folder:
-        callbacks = callback(way, Path(folder, "run"), resident + memory)
+        yield set_limit
+    finally:
+        Path(root, "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+
+
+def set_limit_on_data(room: int) -> None:
+    sizes = machine.data_and_resident_bytes()
+    assert sizes is not None
+    resource.setrlimit(resource.RLIMIT_DATA, (sizes[0] + room, sizes[0] + room))
+
+
+def limited(model: str, way: str, kind: str, room: int, memory: int) -> dict[str, Any]:
+    """A `fit` that may take `room` bytes more than are taken before it, of which the callback holds `memory`."""
+    with tempfile.TemporaryDirectory() as folder, limiting(kind) as set_limit:
+        import frameworks_child as ours
+
+        place = ours.opened(model)
+        x, y = ours.arrays(place)
+        net = ours.compiled(place)
+        net.fit(x[:8], y[:8], batch_size=8, epochs=1, verbose=0)
+        malloc.give_back()
+        resident = machine.resident_bytes()
+        machine.reset_peak()
+        callbacks = callback(
+            way, Path(folder, "run"), resident + memory
+        )  # pages of libraries, which no group of ours holds, included
+        set_limit(room)
         found = net.fit(x, y, batch_size=place.job.batch_size, epochs=EPOCHS, verbose=0, callbacks=callbacks)
         parts = getattr(callbacks[0].steps, "parts", 1) if callbacks else 1
     return {"taken_bytes": machine.peak_resident_bytes() - resident, "loss": found.history["loss"][-1], "parts": parts}
@@ -117,11 +165,19 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
 
 
 def show(row: dict[str, Any]) -> None:
-    step, held = row["step_seconds"]["fit"] * 1e3, row.get("held")
-    end = "died" if held is None else f"{held['parts']} parts"
-    under = f"of {row['room_bytes'] / 2**20:,.0f} MiB: with it {end}" if "room_bytes" in row else "was not found"
     costs = ", ".join(f"{way} {times:.3f}" for way, times in ratios(row).items())
-    print(f"{row['row']:24} {step:8.1f} ms a step; {costs}; a limit under which fit dies {under}", flush=True)
+    print(
+        f"{row['row']:24} {row['step_seconds']['fit'] * 1e3:8.1f} ms a step; {costs}; {row['fit_bytes'] / 2**20:,.0f} MiB",
+        flush=True,
+    )
+    for kind in LIMITS:
+        found = row[kind]
+        if found is None:
+            print(f"{'':24} {kind}: no limit was found under which fit dies", flush=True)
+            continue
+        end = "died" if found["held"] is None else f"{found['held']['parts']} parts"
+        room, memory = (found[name] / 2**20 for name in ("room_bytes", "memory_bytes"))
+        print(f"{'':24} {kind}: fit dies at {room:,.0f} MiB; with the callback, which holds {memory:,.0f}: {end}", flush=True)
 
 
 def bounds_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -129,14 +185,17 @@ def bounds_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         results_file.bound_at_most(f"{way}, times as long as fit, worst", max(ratios(row)[way] for row in rows), SLOWER)
         for way in WAYS[1:]
     ]
-    held = sum(row.get("held") is not None for row in rows)
-    return [*found, results_file.bound_at_least("finishes under a limit under which fit dies, of 6", held, len(rows))]
+    words = {"cgroup": "a limit on memory (cgroup)", "data": "a limit on address space (RLIMIT_DATA)"}
+    for kind, said in words.items():
+        held = sum(row[kind] is not None and row[kind]["held"] is not None for row in rows)
+        found.append(results_file.bound_at_least(f"finishes under {said} under which fit dies, of 6", held, len(rows)))
+    return found
 
 
 def main() -> None:
     if sys.argv[1:2] == ["child"]:
         what, model, *more = sys.argv[2:]
-        print(json.dumps(turns(model) if what == "turns" else limited(model, more[0], int(more[1]), int(more[2]))))
+        print(json.dumps(turns(model) if what == "turns" else limited(model, more[0], more[1], int(more[2]), int(more[3]))))
         return
     options = results_file.read_options(__doc__.splitlines()[0], ROWS)
     results_file.fill_table("keras_callback", ROWS, options, measure, bounds_of, show)

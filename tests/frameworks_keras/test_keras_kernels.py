@@ -60,7 +60,7 @@ def step(model: keras.Model, inputs):
     optimizer.build(model.trainable_variables)
     engine = engines.choose(model, optimizer, lambda outputs, targets: keras.ops.mean((outputs - targets) ** 2), None)
     rows = keras.ops.convert_to_tensor(inputs)
-    loss, gradients = engine.gradient(rows, keras.ops.ones((len(inputs), 1)), 0.7)
+    loss, gradients = engine.gradient([(rows, keras.ops.ones((len(inputs), 1)), 0.7)])
     statistics = [keras.ops.convert_to_numpy(one.value) for one in model.non_trainable_variables]
     return float(loss), [keras.ops.convert_to_numpy(one) for one in gradients], statistics
 

@@ -39,6 +39,17 @@ def test_one_that_is_open_already_goes_on():
         assert resource.getrlimit(resource.RLIMIT_DATA)[0] != resource.RLIM_INFINITY
 
 
+@pytest.mark.own_process
+def test_whether_a_limit_leaves_room_for_threads_is_known():
+    before, data = resource.getrlimit(resource.RLIMIT_DATA), machine.data_and_resident_bytes()[0]
+    assert limit.has_room_for_threads()
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (data + 20 * MIB, before[1]))  # no stack and the margin
+        assert not limit.has_room_for_threads()
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
 def test_without_a_budget_nothing_is_held():
     before = resource.getrlimit(resource.RLIMIT_DATA)
     with limit.held(None) as nothing:

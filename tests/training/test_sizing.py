@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from delest import errors, storage
+from delest import errors, malloc, storage
 from delest.hardware import machine
 from delest.training import limit
 from delest.training.decisions import Decisions
@@ -87,7 +88,7 @@ def test_what_memory_ran_short_for_before_is_kept(monkeypatch: pytest.MonkeyPatc
     sizing.at_least(32)
     sizing.begin(1, session.rows)
     assert session.parts == 32
-    assert sizing.end(session.rows) == "a row takes 4.4 MiB, of a budget of 1000 MiB: 32 parts of 2 rows"
+    assert sizing.end(session.rows) == "a row takes 4 MiB, of a budget of 1000 MiB: 32 parts of 2 rows"
     assert session.parts == 32
 
 
@@ -179,3 +180,72 @@ def test_only_watching_outlasts_what_sets_limits_anew():
             pass
         held.begin_anew(widen=True)
         assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.getrlimit(resource.RLIMIT_DATA)[1]
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What malloc was asked for: "fixed" gives freed blocks back, "moved" keeps them."""
+    asked: list[str] = []
+    monkeypatch.setattr(malloc, "current", lambda: "glibc")
+    monkeypatch.setattr(malloc, "fix_threshold", lambda: asked.append("fixed") or True)
+    monkeypatch.setattr(malloc, "move_threshold", lambda: asked.append("moved") or True)
+    return asked
+
+
+@dataclass
+class Scattering(Session):
+    scatters: bool = True
+
+
+def test_freed_blocks_are_given_back_while_room_is_short(kept: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "resident_bytes", lambda: 190 * MIB)
+    assert sized(Scattering(), 300 * MIB, monkeypatch)[-1] > 1
+    assert kept == ["fixed"]
+    kept.clear()
+    assert sized(Scattering(), 1000 * MIB, monkeypatch)[-1] == 1
+    assert kept == ["fixed", "moved"]
+    kept.clear()
+    sized(Session(), 300 * MIB, monkeypatch)  # of a framework that does not free them so
+    assert kept == []
+    monkeypatch.setattr(malloc, "current", lambda: "mmap")  # which a plan asked for
+    sized(Scattering(), 1000 * MIB, monkeypatch)
+    assert kept == []
+
+
+def test_they_are_kept_again_after_the_training(kept: list[str], monkeypatch: pytest.MonkeyPatch):
+    session = Scattering()
+    monkeypatch.setattr(machine, "peak_resident_bytes", session.peak)
+    guard = Guard(session, session.rows, lambda text: None)
+    with guard.watching(machine.resident_bytes() + 4096 * MIB):
+        assert kept == ["fixed"]
+    assert kept == ["fixed", "moved"]
+
+
+def near(session: Session, resident: Callable[[], int], steps: int) -> list[int]:
+    """Parts of steps, after each of which so much is resident, of a budget of 1,000 MiB."""
+    guard, position, decisions, found = Guard(session, session.rows, lambda text: None), Position(), Decisions(None), []
+    with guard.watching(machine.resident_bytes() + 4096 * MIB):
+        assert guard._sizing is not None
+        assert guard._watch is not None
+        guard._sizing.close()
+        for _ in range(steps):
+            guard.attempt(lambda: None, decisions, position)
+            found.append(session.parts)
+            guard._watch.budget_bytes, guard._watch.highest_bytes = 1000 * MIB, resident()
+            position.step += 1
+        guard._watch.budget_bytes = 8192 * MIB
+    return found
+
+
+def test_beyond_the_budget_parts_are_made_smaller_at_once_and_not_in_vain():
+    session = Session()
+    assert near(session, lambda: (900 + 220 // session.parts) * MIB, 6) == [1, 2, 4, 4, 4, 4]  # 1,120, 1,010, 955
+    assert near(Session(), lambda: 1100 * MIB, 6) == [1, 2, 4, 4, 4, 4]  # which smaller ones do not change
+
+
+def test_freed_blocks_are_given_back_before_parts_are_made_smaller(kept: list[str], monkeypatch: pytest.MonkeyPatch):
+    session = Scattering()
+    monkeypatch.setattr(Sizing, "close", lambda sizing: sizing.leave())  # there was room enough
+    monkeypatch.setattr(Sizing, "wants", lambda sizing, step: False)
+    assert near(session, lambda: (1100 if kept[-1] == "moved" else 900) * MIB, 4) == [1, 1, 1, 1]
+    assert kept == ["fixed", "moved", "fixed", "moved"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,32 @@ def test_the_soonest_or_the_smallest_within_the_budget_is_recommended(priority, 
 def test_with_none_that_trained_there_is_none_to_take():
     assert comparing.recommend(RESULTS[2:], "time", None) == (None, "none trained the job")
     assert comparing.recommend(RESULTS[:1], "time", None) == ("tensorflow", "the only one that trained the job")
+
+
+def result(name: str, *seconds: float) -> FrameworkResult:
+    return FrameworkResult(
+        name=name, whole_seconds=sorted(seconds)[len(seconds) // 2], whole_seconds_of=seconds, peak_bytes=MIB
+    )
+
+
+def test_frameworks_that_are_close_are_trained_again():
+    close = [replace(RESULTS[0], name=name, whole_seconds=whole) for name, whole in (("a", 10.0), ("b", 10.9), ("c", 11.1))]
+    assert comparing.close([*close, RESULTS[2]], None) == ["a", "b"]
+    assert comparing.close(close[1:], None) == ["b", "c"]
+    assert comparing.close(close[::2], None) == []
+    assert comparing.close([], None) == []
+    assert comparing.close([close[0], replace(close[1], peak_bytes=2000 * MIB)], 1000 * MIB) == []
+
+
+def test_a_tie_of_several_trainings_is_said():
+    name, why = comparing.recommend([result("jax", 10.0, 10.4, 10.2), result("torch", 10.3, 10.6, 10.5)], "time", None)
+    assert name == "jax"
+    assert why == "level with torch: 10 to 10.4 s and 10.3 to 10.6 s in 3 trainings each"
+    name, why = comparing.recommend([result("jax", 10.0, 10.1, 10.2), result("torch", 10.3, 10.6, 10.5)], "time", None)
+    assert (name, why) == ("jax", "1.04 times as fast as the next")
+    middle = comparing._middle([replace(RESULTS[0], whole_seconds=one) for one in (12.0, 10.0, 11.0)])
+    assert (middle.whole_seconds, middle.whole_seconds_of) == (11.0, (12.0, 10.0, 11.0))
+    assert comparing._middle([RESULTS[0], RESULTS[2]]) is RESULTS[2]
 
 
 def compared(**changes) -> FrameworkComparison:

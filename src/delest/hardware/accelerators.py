@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,8 +25,11 @@ _WHEELS = (
 
 
 def find_accelerators() -> tuple[Accelerator, ...]:
-    """NVIDIA GPUs that the driver shows, and those of other makers that torch reaches; imports torch where it is installed."""
+    """NVIDIA GPUs that the driver shows, and those of other makers that torch reaches; imports torch where it is installed, but not
+    beside another framework under Keras (170 MiB): what the driver shows is then not judged."""
     listed = _listed()
+    if "keras" in sys.modules and "torch" not in sys.modules:
+        return tuple(replace(gpu, remedy="torch was not asked, as another framework computed") for gpu in listed)
     try:
         import torch
     except (ImportError, OSError) as error:

@@ -20,6 +20,7 @@ class FrameworkResult:
     step_seconds: float | None = None  # mean of the last epoch
     evaluation_seconds: float | None = None  # between two epochs: evaluating, keeping the best weights, saving
     whole_seconds: float | None = None  # of the job's own number of epochs, start and compiling included, by these figures
+    whole_seconds_of: tuple[float, ...] = ()  # by each training, in their order; these figures are of the one in their middle
     peak_bytes: int | None = None  # of the process
     runtime_bytes: int | None = None  # of it before the model
     first_loss: float | None = None  # of the first training batch in evaluation mode, before any step

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from delest.training.decisions import Decisions
     from delest.training.position import Position
 
-NEAR_BYTES = 8 << 20  # below the budget: what only the margin holds back
+NEAR_BYTES = (
+    8 << 20
+)  # below the budget: what only the margin holds back; all of that where there is no limit, but a watch alone
 PATIENCE = 10  # steps between two splits for closeness alone: the first must show its effect
 SPARED = 8  # times in a run that a step is tried again as it is
 Result = TypeVar("Result")
@@ -67,6 +69,7 @@ class Guard:
         self._thread: ThreadPoolExecutor | None = None
         self._spared, self._eased_at = 0, -PATIENCE
         self._sizing: Sizing | None = None
+        self._eased: list[int] = []  # what was resident at each split for closeness alone
 
     @contextlib.contextmanager
     def watching(self, budget_bytes: int | None) -> Iterator[None]:
@@ -92,6 +95,8 @@ class Guard:
                 raise self._too_small(_Failure("reading", str(error))) from None
             finally:
                 self._watch = None
+                if self._sizing is not None:
+                    self._sizing.leave()
                 if self._thread is not None:
                     self._thread.shutdown()
                     self._thread = None
@@ -159,17 +164,15 @@ class Guard:
 
     def _change_thread(self) -> None:
         """Go on in another thread: oneDNN's code generator (Xbyak) remembers for each thread that an allocation failed, and then
-        makes no kernel for any new shape in it."""
+        makes no kernel for any new shape in it. Here, as long as its kernels do, where a limit from outside leaves no room for stacks."""
         assert self._watch is not None
         if self._thread is not None:
             self._thread.shutdown()
+            self._thread = None
         with self._watch.lifted():
-            self._thread = ThreadPoolExecutor(1, "memory-guard-work")
-            try:
+            if limit.has_room_for_threads():
+                self._thread = ThreadPoolExecutor(1, "memory-guard-work")
                 self._thread.submit(self.session.warm).result()
-            except RuntimeError:  # a limit from outside leaves no room for a stack: here, as long as its kernels do
-                self._thread.shutdown()
-                self._thread = None
         self._watch.begin_anew()  # what the thread took for itself and uses is no room
 
     def read_again(self, error: MemoryError) -> None:
@@ -231,11 +234,20 @@ class Guard:
     def _ease(self, decisions: Decisions, position: Position) -> None:
         """Split before a step where the last one came too close to the budget."""
         assert self._watch is not None
-        near = self._watch.highest_bytes > self._watch.budget_bytes - NEAR_BYTES
-        if not near or position.step - self._eased_at < PATIENCE or self.session.parts >= self.session.most_parts:
+        highest, watched = self._watch.highest_bytes, self._sizing is not None  # alone: nothing else holds it back
+        left = self._watch.budget_bytes - highest
+        patience = 0 if watched and left < 0 else PATIENCE
+        if left > (MARGIN_BYTES if watched else NEAR_BYTES) or position.step - self._eased_at < patience:
+            return
+        if self._sizing is not None and self._sizing.tighten():
+            self._watch.begin_anew()
+            return
+        in_vain = len(self._eased) > 1 and highest > self._eased[-2] - NEAR_BYTES  # two splits have not helped
+        if self.session.parts >= self.session.most_parts or (watched and in_vain):
             return
         self._eased_at = position.step
-        why = f"the resident set came to {format_bytes(self._watch.highest_bytes)}"
+        self._eased.append(highest)
+        why = f"the resident set came to {format_bytes(highest)}"
         self._divide(decisions, position, "approach", why, _Failure("approach", ""))
         self._watch.begin_anew()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import mmap
 import os
 import resource
 import threading
@@ -17,6 +18,7 @@ from delest import errors
 from delest.hardware.machine import Gauge, data_and_resident_bytes, give_back_unused, share_one_heap
 from delest.units import format_bytes
 
+USUAL_STACK_BYTES = 8 << 20  # of a thread, where its size has no limit: glibc takes 2, and libraries up to this
 MARGIN_BYTES = 16 << 20  # pages of libraries that are touched later: resident, but no data that the limit counts
 LEAST_SECONDS, MOST_SECONDS = 0.01, 0.25  # between two looks of the thread
 # No faster does address space come into use, since the kernel clears each page first: 4 GB/s a core were measured.
@@ -61,6 +63,19 @@ def reported(doing: str) -> Iterator[None]:
             raise
         budget = _open[-1].budget_bytes
         raise too_small(budget, max(_open[-1].highest_bytes, budget), f"memory ran out while {doing} ({error})") from None
+
+
+def has_room_for_threads() -> bool:
+    """Whether the limit on data leaves a new thread its stack, and the threads of parallel operators that it starts theirs: OpenMP ends the process where it does not."""
+    stack = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    each = USUAL_STACK_BYTES if stack == resource.RLIM_INFINITY else stack
+    try:
+        mmap.mmap(
+            -1, each * (1 + len(os.sched_getaffinity(0))) + MARGIN_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        ).close()
+    except OSError:
+        return False
+    return True
 
 
 class Limit:

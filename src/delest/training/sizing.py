@@ -1,5 +1,8 @@
 """How many rows at a time keep a budget of memory, by two steps in small parts and the line through them, looked at again at each larger part: for sessions whose
 framework does not survive an allocation that fails (TensorFlow ends the process or hangs, XLA may where it compiles), so that no limit can be set for it.
+
+TensorFlow's threads free large blocks in heaps of their own, where they are no room for each other: within a budget malloc gives them back, as long as there is not
+twice the room that steps take.
 """
 
 from __future__ import annotations
@@ -7,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from delest import malloc
 from delest.hardware import machine
 from delest.training.limit import MARGIN_BYTES, too_small
 from delest.units import format_bytes
@@ -16,8 +20,8 @@ if TYPE_CHECKING:
 
 STEPS = 2
 SMALLEST, FEWEST = 16, 4  # parts of a batch in the first step; the second has half as many
-MARGIN = 0.1  # of what rows take
-# Times the rows that were measured, at most: what compiling takes in the first steps hides what few rows do.
+FIRST_MARGIN, MARGIN = 0.5, 0.1  # of what rows take: at first what compiling takes hides a part of it
+# Times the rows that were measured, at most, for the same reason.
 FIRST_LEAP, LEAP = 2, 4
 
 
@@ -29,6 +33,9 @@ class Sizing:
         self._least_parts = session.parts  # planned, or decided since
         self._readings: list[tuple[int, int]] = []  # rows of a part, highest resident bytes
         self._closed, self._begun_at = False, 0
+        self._idle_bytes = machine.resident_bytes()
+        self._scatters = getattr(session, "scatters", False) and malloc.current() == "glibc"  # else as it was asked for
+        self._gives_back = self._scatters and malloc.fix_threshold()
 
     def wants(self, step: int) -> bool:
         """Whether a whole batch's step is still to be looked at. A run that goes on after its first two steps stays with the parts that it has."""
@@ -42,6 +49,7 @@ class Sizing:
         if made < STEPS:
             rows = max(least, batch_rows // (SMALLEST if least == 1 else FEWEST)) << (made + self._begun_at)
             session.parts = min(session.most_parts, max(self._least_parts, math.ceil(batch_rows / rows)))
+        machine.give_back_unused()
         machine.reset_peak()
 
     def at_least(self, parts: int) -> None:
@@ -52,6 +60,17 @@ class Sizing:
         """The parts are decided: an interrupted run had found them."""
         self._closed = True
 
+    def tighten(self) -> bool:
+        """Have malloc give freed blocks back from here on; whether it did not yet."""
+        before, self._gives_back = self._gives_back, self._scatters and malloc.fix_threshold()
+        return self._gives_back and not before
+
+    def leave(self) -> None:
+        """Leave malloc as glibc would have it in this process."""
+        if self._gives_back:
+            malloc.move_threshold()
+            self._gives_back = False
+
     def end(self, batch_rows: int) -> str | None:
         """After it: once two were made the fewest parts are set that are expected to fit by the last two, then again after the step with those, until they are no
         fewer (or more, where those did not fit); what was decided, in words. Raises `NothingFits`."""
@@ -60,9 +79,10 @@ class Sizing:
         if len(self._readings) < STEPS:
             return None
         (few, low), (more, high) = sorted(self._readings[-STEPS:])
-        a_row = max(0.0, (high - low) / max(1, more - few)) * (1 + MARGIN)
-        room = self.budget_bytes - MARGIN_BYTES - high
-        smallest = high - math.floor(a_row * (more - least))
+        slope = max(0.0, (high - low) / max(1, more - few))
+        a_row = slope * (1 + (FIRST_MARGIN if first else MARGIN))
+        room = self.budget_bytes - MARGIN_BYTES - getattr(session, "batch_bytes", 0) - high  # one more batch may be read ahead
+        smallest = high - math.floor(slope * (1 + MARGIN) * (more - least))
         if first and smallest + MARGIN_BYTES > self.budget_bytes:
             why = f"steps on {few} and {more} rows came to {format_bytes(low)} and {format_bytes(high)}"
             raise too_small(self.budget_bytes, smallest + MARGIN_BYTES, why, "", self.option)
@@ -70,13 +90,15 @@ class Sizing:
         rows = max(least, min(rows, (FIRST_LEAP if first else LEAP) * more))
         parts = max(self._least_parts, min(session.most_parts, math.ceil(batch_rows / rows)))
         self._closed = parts >= session.parts
+        if self._closed and parts == self._least_parts and self.budget_bytes - high > high - self._idle_bytes:
+            self.leave()
         if parts == session.parts and not first:
             return None
         session.parts = parts
         part = math.ceil(batch_rows / parts)
         words = f"{parts} parts of {part} rows" if parts > 1 else "whole batches"
         so_far, then = ("", "") if self._closed or parts == 1 else ("so far ", "next ")
-        return f"{so_far}a row takes {format_bytes(a_row)}, of a budget of {format_bytes(self.budget_bytes)}: {then}{words}"
+        return f"{so_far}a row takes {format_bytes(slope)}, of a budget of {format_bytes(self.budget_bytes)}: {then}{words}"
 
     def _least_rows(self, batch_rows: int) -> int:
         return max(1, batch_rows // self.session.most_parts)

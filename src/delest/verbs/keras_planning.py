@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 AS_IT_IS = "a Keras job without a budget is trained as it is, with whole batches: nothing was estimated, and no methods were compared (plan --probe does)."
 COMPARED = (
-    "a Keras job fits a budget by parts of its batches, bf16 where steps gain by it, and another malloc where nothing else fits: no other methods "
-    "were compared."
+    "a Keras job fits a budget by parts of its batches, bf16 where steps gain by it, and another malloc where nothing else fits (on TensorFlow where parts "
+    "can be larger): no other methods were compared."
 )
 
 
@@ -88,23 +88,33 @@ def _within(
     threads: int | None,
     say: Progress,
 ) -> Plan:
-    """The plan with the malloc that there is; where nothing fits so, with one that gives blocks back."""
+    """The plan with the malloc that there is; where nothing fits so, and on TensorFlow where whole batches do not, with one that gives blocks back if larger parts fit then."""
+    from delest.frameworks.keras.engines import scatters_freed_blocks
     from delest.planning import probed
     from delest.planning.request import make_choice
 
-    try:
-        return probed.choose(request, faster, rejected)
-    except errors.NothingFits as error:
-        if malloc.started_with() != "glibc" or not malloc.is_glibc() or place.job.origin is None:
-            raise
-        why = f"nothing fits {units.format_bytes(request.budget_bytes)} with malloc as it comes"
+    found: list[Plan | errors.NothingFits] = []
+
+    def choose(asked: Request, choices: Sequence[Choice]) -> None:
+        try:
+            found.append(probed.choose(asked, choices, rejected))
+        except errors.NothingFits as error:
+            found.append(error)
+
+    choose(request, faster)
+    first = found[0]
+    parts = isinstance(first, Plan) and first.micro_batch < first.batch_size
+    other = isinstance(first, errors.NothingFits) or (parts and scatters_freed_blocks())
+    if other and malloc.started_with() == "glibc" and malloc.is_glibc() and place.job.origin is not None:
+        what = "whole batches do not fit" if parts else "nothing fits"
+        why = f"{what} {units.format_bytes(request.budget_bytes)} with malloc as it comes"
         say.note(f"{why}: steps once more with one that gives blocks back")
         choices = [make_choice("allocator", {"name": "mmap"}, request.probe, why), *faster]
-        other = _request(place, wanted, threads, say, choices=choices)
-        try:
-            return probed.choose(other, choices, rejected)
-        except errors.NothingFits as with_other:
-            raise min(with_other, error, key=lambda one: one.smallest_bytes or 0) from None
+        choose(_request(place, wanted, threads, say, choices=choices), choices)
+    plans = [one for one in found if isinstance(one, Plan)]
+    if plans:
+        return max(plans, key=lambda one: one.micro_batch)
+    raise min((one for one in found if isinstance(one, errors.NothingFits)), key=lambda one: one.smallest_bytes or 0) from None
 
 
 def _request(

@@ -5,7 +5,7 @@ TensorFlow and JAX compile each of the three once for each shape of a batch; tor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import keras
@@ -16,15 +16,17 @@ from delest.frameworks.keras.kernels import Kernels
 from delest.frameworks.keras.updates import fused
 from delest.training import limit
 
+Part = tuple[Any, Any, float]  # inputs, targets, share of the batch's rows
+
 
 class Engine(Protocol):
     """One model with its optimizer. Inputs, targets and gradients are the framework's tensors."""
 
     in_place: bool  # statistics and seeds inside the model change in place: who may want them back keeps copies
 
-    def gradient(self, inputs: Any, targets: Any, share: float) -> tuple[Any, list[Any]]:
-        """`share` of the mean loss of a micro-batch (penalties of layers included), and its gradient for each trainable variable: None for one that
-        the loss does not depend on, zeros on JAX. Statistics and seeds inside the model go on."""
+    def gradient(self, parts: Iterable[Part], count: int = 1) -> tuple[Any, list[Any]]:
+        """The loss of a batch that is given in `count` parts (penalties of layers included), and its gradient for each trainable variable: None for one
+        that the loss does not depend on, zeros on JAX. Parts add to one set of gradients, in place. Statistics and seeds inside the model go on."""
 
     def update(self, gradients: list[Any]) -> Any:
         """One step of the optimizer; gives the norm of the gradient before clipping, None where nothing is clipped. One that fails leaves weights
@@ -77,6 +79,11 @@ def survives_failed_allocation() -> bool:
     return bool(keras.backend.backend() == "torch")
 
 
+def scatters_freed_blocks() -> bool:
+    """Whether threads of the framework free large blocks in heaps of their own: TensorFlow's take up to twice the memory so, and no less in smaller parts."""
+    return bool(keras.backend.backend() == "tensorflow")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a framework says that an allocation failed; each has words of its own, torch others where a budget is held."""
     if keras.backend.backend() == "torch":
@@ -100,13 +107,6 @@ def _clipped(gradients: list[Any], clip: float | None) -> tuple[list[Any], Any]:
     return [None if one is None else one * ops.cast(scale, one.dtype) for one in gradients], norm
 
 
-def added(gradients: list[Any] | None, more: list[Any]) -> list[Any]:
-    """The sum of two parts' gradients; `gradients` None: of the first part."""
-    if gradients is None:
-        return more
-    return [a if b is None else b if a is None else a + b for a, b in zip(gradients, more, strict=True)]
-
-
 class _TensorFlow:
     in_place = True
 
@@ -117,12 +117,29 @@ class _TensorFlow:
 
         variables, mean = model.trainable_variables, tf.autograph.experimental.do_not_convert(mean)
 
-        @tf.function(reduce_retracing=True)
-        def gradient(inputs: Any, targets: Any, share: Any) -> Any:
+        self._sums: list[Any] = []  # of parts' gradients, once there are parts
+        self._reached: list[bool] = []  # whether the loss depends on a variable
+
+        def differentiated(inputs: Any, targets: Any, share: Any) -> Any:
             with tf.GradientTape() as tape, kernels.used():
                 loss = _penalised(mean(_wide(model(inputs, training=True)), targets), model.losses, share)
-            found = tape.gradient(loss, [variable.value for variable in variables])
+            return loss, tape.gradient(loss, [variable.value for variable in variables])
+
+        @tf.function(reduce_retracing=True)
+        def gradient(inputs: Any, targets: Any, share: Any) -> Any:
+            loss, found = differentiated(inputs, targets, share)
             return loss, [None if one is None else tf.convert_to_tensor(one) for one in found]  # embeddings' hold single rows
+
+        @tf.function(reduce_retracing=True)
+        def add(inputs: Any, targets: Any, share: Any) -> Any:
+            loss, found = differentiated(inputs, targets, share)
+            self._reached = [one is not None for one in found]
+            for total, one in zip(self._sums, found, strict=True):
+                if isinstance(one, tf.IndexedSlices):
+                    total.scatter_add(one)
+                elif one is not None:
+                    total.assign_add(one)
+            return loss
 
         @tf.function
         def update(gradients: Any) -> Any:
@@ -131,13 +148,22 @@ class _TensorFlow:
                 optimizer.apply(gradients, variables)
             return norm
 
-        self._gradient, self.update = gradient, update
+        self._gradient, self._add, self.update = gradient, add, update
         self.answer = tf.function(lambda inputs: model(inputs, training=False), reduce_retracing=True)
-        self._share = lambda share: tf.constant(share, tf.float32)
+        self._variables, self._tf = variables, tf
 
-    def gradient(self, inputs: Any, targets: Any, share: float) -> tuple[Any, list[Any]]:
-        loss, gradients = self._gradient(inputs, targets, self._share(share))
-        return loss, list(gradients)
+    def gradient(self, parts: Iterable[Part], count: int = 1) -> tuple[Any, list[Any]]:
+        tf, loss = self._tf, 0.0
+        told = ((inputs, targets, tf.constant(share, tf.float32)) for inputs, targets, share in parts)
+        if count == 1:
+            loss, gradients = self._gradient(*next(told))
+            return loss, list(gradients)
+        self._sums = self._sums or [tf.Variable(tf.zeros_like(one.value), trainable=False) for one in self._variables]
+        for total in self._sums:
+            total.assign(tf.zeros_like(total))
+        for part in told:
+            loss = loss + self._add(*part)
+        return loss, [one.value() if reached else None for one, reached in zip(self._sums, self._reached, strict=True)]
 
 
 class _Jax:
@@ -168,17 +194,27 @@ class _Jax:
             gradients, norm = _clipped(gradients, clip)
             return *optimizer.stateless_apply(state, gradients, trained), norm
 
-        self._gradient = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
+
+        def added(sums: Any, *given: Any) -> Any:
+            found, gradients = gradient(*given)
+            return found, [one + more for one, more in zip(sums, gradients, strict=True)]
+
+        self._gradient, self._add = jax.jit(gradient), jax.jit(added, donate_argnums=0)
+        self._zeros = jax.jit(lambda trained: [jax.numpy.zeros_like(one) for one in trained])
         self._update = jax.jit(updated, donate_argnums=(1, 2))  # new values take the places of the old ones
         self._answer = jax.jit(answered)
 
-    def gradient(self, inputs: Any, targets: Any, share: float) -> tuple[Any, list[Any]]:
-        rest = self.model.non_trainable_variables
-        (loss, changed), gradients = self._gradient(
-            _values(self.model.trainable_variables), _values(rest), inputs, targets, share
-        )
-        _assign(rest, changed)
-        return loss, list(gradients)
+    def gradient(self, parts: Iterable[Part], count: int = 1) -> tuple[Any, list[Any]]:
+        trained, rest = _values(self.model.trainable_variables), self.model.non_trainable_variables
+        total, gradients = 0.0, None if count == 1 else self._zeros(trained)
+        for part in parts:
+            given = (trained, _values(rest), *part)
+            (loss, changed), gradients = self._gradient(*given) if gradients is None else self._add(gradients, *given)
+            _assign(rest, changed)
+            total = total + loss
+        assert gradients is not None
+        return total, list(gradients)
 
     def update(self, gradients: list[Any]) -> Any:
         trained, state = self.model.trainable_variables, self.optimizer.variables
@@ -201,14 +237,28 @@ class _Torch:
         self.model, self.optimizer, self.mean, self.clip = model, optimizer, mean, clip
         self.kernels = kernels
 
-    def gradient(self, inputs: Any, targets: Any, share: float) -> tuple[Any, list[Any]]:
+    def gradient(self, parts: Iterable[Part], count: int = 1) -> tuple[Any, list[Any]]:
         import torch
 
+        values, total = _values(self.model.trainable_variables), 0.0
+        if count == 1:
+            loss = self._loss(*next(iter(parts)))
+            return loss.detach(), list(torch.autograd.grad(loss, values, allow_unused=True))
+        try:
+            for value in values:
+                value.grad = None
+            for part in parts:
+                loss = self._loss(*part)
+                torch.autograd.backward(loss, inputs=values)
+                total = total + loss.detach()
+            return total, [value.grad for value in values]
+        finally:
+            for value in values:
+                value.grad = None
+
+    def _loss(self, inputs: Any, targets: Any, share: float) -> Any:
         with self.kernels.used():
-            outputs = _wide(self.model(inputs, training=True))
-            loss = _penalised(self.mean(outputs, targets), self.model.losses, share)
-        values = _values(self.model.trainable_variables)
-        return loss.detach(), list(torch.autograd.grad(loss, values, allow_unused=True))
+            return _penalised(self.mean(_wide(self.model(inputs, training=True)), targets), self.model.losses, share)
 
     def update(self, gradients: list[Any]) -> Any:
         import torch

@@ -27,7 +27,8 @@ class FitSteps:
 
     def __init__(self, model: keras.Model, rows: int | None = None, *, bf16: bool = False):
         self.model, self.parts, self.batch_rows, self._rows = model, 1, 1, rows
-        self.sized = not engines.survives_failed_allocation()
+        self.batch_bytes = 0
+        self.sized, self.scatters = not engines.survives_failed_allocation(), engines.scatters_freed_blocks()
         normalised = any(isinstance(layer, keras.layers.BatchNormalization) for layer in layers_of(model))
         self.least_rows = 2 if normalised else 1
         self._engine = engines.choose(model, model.optimizer, self._judged, None, bf16=bf16)
@@ -39,14 +40,15 @@ class FitSteps:
         return max(1, self.batch_rows // self.least_rows)
 
     def warm(self) -> None:
-        """Start what computes."""
-        keras.ops.exp(keras.ops.ones((1 << 10,)))
+        """Start the threads of parallel operators."""
+        keras.ops.exp(keras.ops.ones((1 << 18,)))
 
     def see(self, data: Any) -> int:
         """Take note of a batch's rows before it is stepped."""
         rows = _rows_of(data)
         if rows > self.batch_rows:
             self.batch_rows = rows
+            self.batch_bytes = sum(_bytes_of(one) for one in keras.tree.flatten(data) if one is not None)
             if self._rows is not None:
                 self.parts = max(self.parts, math.ceil(rows / self._rows))
         return rows
@@ -56,13 +58,8 @@ class FitSteps:
         for want of memory: `OutOfMemory.begun` says so."""
         rows, phase, back = self.see(data), "forward", self._remember(changing(self.model))
         try:
-            gradients: list[Any] | None = None
-            for part in self._divided(data, rows):
-                inputs, targets, weights = keras.utils.unpack_x_y_sample_weight(part)
-                judged = {"targets": targets, "weights": weights}
-                _, found = self._engine.gradient(inputs, judged, _rows_of(part) / rows)
-                gradients = engines.added(gradients, found)
-            assert gradients is not None
+            count = self._count(rows)
+            _, gradients = self._engine.gradient((self._unpacked(part, rows) for part in self._divided(data, rows)), count)
             phase = "optimizer"
             self._engine.update(gradients)
             return self._results()
@@ -90,10 +87,17 @@ class FitSteps:
         model.compute_metrics(None, targets, outputs, weights)
         return loss
 
+    def _unpacked(self, part: Any, rows: int) -> engines.Part:
+        inputs, targets, weights = keras.utils.unpack_x_y_sample_weight(part)
+        return inputs, {"targets": targets, "weights": weights}, _rows_of(part) / rows
+
+    def _count(self, rows: int) -> int:
+        """Parts of a batch of so many rows, none larger than those of the largest batch."""
+        return min(math.ceil(rows / math.ceil(self.batch_rows / self.parts)), max(1, rows // self.least_rows))
+
     def _divided(self, data: Any, rows: int) -> Iterator[Any]:
-        """A batch in nearly equal parts, none larger than those of the largest batch."""
-        count = min(math.ceil(rows / math.ceil(self.batch_rows / self.parts)), max(1, rows // self.least_rows))
-        if count == 1:
+        """A batch in nearly equal parts."""
+        if (count := self._count(rows)) == 1:
             yield keras.tree.map_structure(_tensor, data)
             return
         for part in np.array_split(np.arange(rows), count):
@@ -180,6 +184,10 @@ def _translated(error: Exception, phase: str) -> Exception:
 
 def _tensor(value: Any) -> Any:
     return None if value is None else keras.ops.convert_to_tensor(value)
+
+
+def _bytes_of(tensor: Any) -> int:
+    return math.prod(tensor.shape) * np.dtype(keras.backend.standardize_dtype(tensor.dtype)).itemsize
 
 
 def _rows_of(data: Any) -> int:

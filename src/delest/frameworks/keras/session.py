@@ -31,7 +31,7 @@ class KerasSession:
             raise errors.BadInput(faults)
         if plan.threads:
             engines.set_threads(plan.threads)
-        self.sized = not engines.survives_failed_allocation()
+        self.sized, self.scatters = not engines.survives_failed_allocation(), engines.scatters_freed_blocks()
         if self.sized:
             limit.only_watch()
         self.job, self.schema = job, schema
@@ -55,8 +55,8 @@ class KerasSession:
         return max(1, self.job.batch_size // self._least_rows)
 
     def warm(self) -> None:
-        """Start what computes."""
-        keras.ops.exp(keras.ops.ones((1 << 10,)))
+        """Start the threads of parallel operators."""
+        keras.ops.exp(keras.ops.ones((1 << 18,)))
 
     # One step
 
@@ -69,14 +69,12 @@ class KerasSession:
         phase, before = "forward", self._remember()
         try:
             self.optimizer.learning_rate.assign(self._base_rate * rate)
-            total: Any = None
-            gradients: list[Any] | None = None
-            for part in _split(batch, self._parts_of(batch.count)):
-                inputs, targets = self._tensors(part.inputs), building.tensors(part.targets)
-                loss, found = self.engine.gradient(inputs, targets, part.count / batch.count)
-                total = loss if total is None else total + loss
-                gradients = engines.added(gradients, found)
-            assert gradients is not None
+            count = self._parts_of(batch.count)
+            parts = (
+                (self._tensors(part.inputs), building.tensors(part.targets), part.count / batch.count)
+                for part in _split(batch, count)
+            )
+            total, gradients = self.engine.gradient(parts, count)
             phase = "optimizer"
             norm = self.engine.update(gradients)
         except Exception as error:

@@ -83,7 +83,7 @@ class Pruner:
         count = 0
         for batch in itertools.islice(feed.ordered(), batches):
             inputs, targets = session._tensors(batch.inputs), building.tensors(batch.targets)
-            _, gradients = engine.gradient(inputs, targets, 1.0)
+            _, gradients = engine.gradient([(inputs, targets, 1.0)])
             change: dict[int, float] = {}
             for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
                 if (place := places.get(variable.path)) is None:
