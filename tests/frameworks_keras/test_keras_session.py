@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -523,3 +524,29 @@ def test_what_cannot_work_is_said_in_words(model: Any, changes: dict[str, Any], 
 def test_a_loss_that_is_not_one_number_is_said_in_words():
     with pytest.raises(errors.BadInput, match=r"the loss gives \(12,\) values, not one number"):
         session(loss=lambda outputs, targets: keras.ops.sum(outputs, axis=-1)).step(batch(), 1.0)
+
+
+def test_parts_add_up_to_the_gradient_of_the_whole_batch():
+    keras.utils.set_random_seed(0)
+    tokens = keras.Input((3,), dtype="int32")
+    x = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(7, 4)(tokens))
+    model = keras.Model(tokens, keras.layers.Dense(2)(keras.layers.Dense(5, activation="tanh")(x)))
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer.build(model.trainable_variables)
+    engine = engines.choose(model, optimizer, lambda outputs, targets: keras.ops.mean((outputs - targets) ** 2), None)
+    random = np.random.default_rng(0)
+    inputs, targets = random.integers(0, 7, (10, 3)), random.normal(size=(10, 2)).astype("float32")
+
+    def found(*ends: int) -> tuple[float, list[np.ndarray]]:
+        places = [slice(begin, end) for begin, end in pairwise((0, *ends))]
+        tensor = keras.ops.convert_to_tensor
+        parts = ((tensor(inputs[one]), tensor(targets[one]), (one.stop - one.start) / 10) for one in places)
+        loss, gradients = engine.gradient(parts, len(ends))
+        return float(loss), [keras.ops.convert_to_numpy(one) for one in gradients]
+
+    whole = found(10)
+    for ends in ((4, 7, 10), (4, 7, 10), (9, 10), (10,)):  # nothing is left of an earlier batch
+        loss, gradients = found(*ends)
+        assert loss == pytest.approx(whole[0], rel=1e-5)
+        for one, other in zip(gradients, whole[1], strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)

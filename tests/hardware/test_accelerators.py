@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -110,3 +111,12 @@ def test_a_gpu_that_the_build_has_no_code_for() -> None:
     judged = accelerators.judge(H100, torch_like(built_for=("sm_80",)))
     assert not judged.usable
     assert "built for sm_80, this GPU is sm_90" in (judged.remedy or "")
+
+
+def test_torch_is_not_imported_beside_another_framework_under_keras(monkeypatch):
+    monkeypatch.setattr(accelerators, "_listed", lambda: (H100,))
+    monkeypatch.setitem(sys.modules, "keras", ModuleType("keras"))
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    (found,) = accelerators.find_accelerators()
+    assert "torch" not in sys.modules
+    assert (found.name, found.usable, found.remedy) == (H100.name, False, "torch was not asked, as another framework computed")
