@@ -198,6 +198,11 @@ def main() -> None:
         print(json.dumps(turns(model) if what == "turns" else limited(model, more[0], more[1], int(more[2]), int(more[3]))))
         return
     options = results_file.read_options(__doc__.splitlines()[0], ROWS)
+    try:
+        with limiting("cgroup") as set_limit:
+            set_limit(1 << 40)
+    except (StopIteration, RuntimeError, OSError) as error:
+        raise SystemExit(f"no memory cgroup can be made here (as root, in version 1 or 2): {error!r}") from None
     results_file.fill_table("keras_callback", ROWS, options, measure, bounds_of, show)
 
 

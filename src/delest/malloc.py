@@ -81,6 +81,12 @@ def current() -> str:
     return "mmap" if _fixed or started == "mmap" else "glibc"
 
 
+def is_tuned(variables: Mapping[str, str] = os.environ) -> bool:
+    """Whether somebody has said how this process's malloc treats what is freed: by another library, a variable, or `fix_threshold`."""
+    asked = any(name.startswith("MALLOC_") and name.endswith("_") for name in variables)
+    return asked or "glibc.malloc." in variables.get("GLIBC_TUNABLES", "") or current() != "glibc"
+
+
 def fix_threshold() -> bool:
     """Fix the threshold in this process, for as long as it lives; False where its malloc has none."""
     global _fixed

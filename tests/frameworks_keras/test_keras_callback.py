@@ -281,3 +281,18 @@ def test_under_a_limit_it_finishes_where_it_dies_without(tmp_path: Path):
     assert found["status"] == "done"
     assert any(line["kind"] == "split" for line in found["decisions"])
     assert found["measured"]["peak_bytes"] <= found["plan"]["memory_bytes"]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="strings are tensors on TensorFlow alone")
+def test_strings_are_inputs_like_others(tmp_path: Path):
+    import tensorflow as tf
+
+    texts = ["a b", "b c d", "a", "d d"] * 8
+    words = keras.layers.TextVectorization(max_tokens=10, output_sequence_length=4)
+    words.adapt(texts)
+    layers = [words, keras.layers.Embedding(10, 4), keras.layers.GlobalAveragePooling1D(), keras.layers.Dense(2)]
+    net = keras.Sequential([keras.Input((), dtype="string"), *layers])
+    net.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    data = tf.data.Dataset.from_tensor_slices((texts, np.arange(32) % 2)).batch(8)
+    net.fit(data, verbose=0, callbacks=[DelestCallback("8GiB", out=tmp_path / "run")])
+    assert run_of(tmp_path / "run")["status"] == "done"

@@ -550,3 +550,9 @@ def test_parts_add_up_to_the_gradient_of_the_whole_batch():
         assert loss == pytest.approx(whole[0], rel=1e-5)
         for one, other in zip(gradients, whole[1], strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    if (
+        keras.backend.backend() == "tensorflow"
+    ):  # after one batch in one part there may be parts again, after two there are none
+        assert engine._adding is not None
+        found(10)
+        assert engine._adding is None

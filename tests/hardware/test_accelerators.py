@@ -5,8 +5,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from delest.hardware import accelerators
+from delest.hardware import accelerators, machine
 from delest.records.hardware import Accelerator
+from delest.reporting.words import machine_facts
 
 LISTING = (
     "NVIDIA H100 80GB HBM3, 81559, 9.0, 580.65.06\nTesla K80, 11441, 3.7, 470.57.02\nOdd, One, 4096, [N/A], 535.1\nnot a line\n"
@@ -114,9 +115,12 @@ def test_a_gpu_that_the_build_has_no_code_for() -> None:
 
 
 def test_torch_is_not_imported_beside_another_framework_under_keras(monkeypatch):
-    monkeypatch.setattr(accelerators, "_listed", lambda: (H100,))
+    monkeypatch.setattr(accelerators, "listed_accelerators", lambda: accelerators.parse_listing(LISTING))
     monkeypatch.setitem(sys.modules, "keras", ModuleType("keras"))
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    (found,) = accelerators.find_accelerators()
+    here = machine.describe_for_report()
     assert "torch" not in sys.modules
-    assert (found.name, found.usable, found.remedy) == (H100.name, False, "torch was not asked, as another framework computed")
+    first = here.accelerators[0]
+    assert (first.driver, first.usable) == ("580.65.06", None)
+    told = next(value for name, value in machine_facts(here) if name == "GPU")
+    assert told == "NVIDIA H100 80GB HBM3, 80 GiB, which torch was not asked about"

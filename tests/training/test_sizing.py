@@ -212,6 +212,15 @@ def test_freed_blocks_are_given_back_while_room_is_short(kept: list[str], monkey
     assert kept == []
 
 
+def test_a_run_that_goes_on_keeps_them_where_there_is_room(kept: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(machine, "peak_resident_bytes", lambda: machine.resident_bytes() + 50 * MIB)
+    session, position = Scattering(parts=2), Position(step=5)
+    guard = Guard(session, session.rows, lambda text: None)
+    with guard.watching(machine.resident_bytes() + 4096 * MIB):
+        guard.attempt(lambda: None, Decisions(None), position)
+        assert kept == ["fixed", "moved"]
+
+
 def test_they_are_kept_again_after_the_training(kept: list[str], monkeypatch: pytest.MonkeyPatch):
     session = Scattering()
     monkeypatch.setattr(machine, "peak_resident_bytes", session.peak)
@@ -221,9 +230,10 @@ def test_they_are_kept_again_after_the_training(kept: list[str], monkeypatch: py
     assert kept == ["fixed", "moved"]
 
 
-def near(session: Session, resident: Callable[[], int], steps: int) -> list[int]:
+def near(session: Session, resident: Callable[[], int], steps: int, decisions: Decisions | None = None) -> list[int]:
     """Parts of steps, after each of which so much is resident, of a budget of 1,000 MiB."""
-    guard, position, decisions, found = Guard(session, session.rows, lambda text: None), Position(), Decisions(None), []
+    guard, position, found = Guard(session, session.rows, lambda text: None), Position(), []
+    decisions = decisions or Decisions(None)
     with guard.watching(machine.resident_bytes() + 4096 * MIB):
         assert guard._sizing is not None
         assert guard._watch is not None
@@ -243,9 +253,19 @@ def test_beyond_the_budget_parts_are_made_smaller_at_once_and_not_in_vain():
     assert near(Session(), lambda: 1100 * MIB, 6) == [1, 2, 4, 4, 4, 4]  # which smaller ones do not change
 
 
+def test_a_run_that_goes_on_remembers_which_splits_were_in_vain(tmp_path: Path):
+    file = tmp_path / "decisions.jsonl"
+    assert near(Session(), lambda: 1100 * MIB, 6, Decisions(file)) == [1, 2, 4, 4, 4, 4]
+    (first, second) = storage.read_lines(file)
+    assert (first["phase"], first["highest_bytes"], second["parts"]) == ("approach", 1100 * MIB, 4)
+    assert near(Session(parts=4), lambda: 1100 * MIB, 3, Decisions(file, taken=2)) == [4, 4, 4]
+    assert near(Session(parts=4), lambda: 1300 * MIB, 3, Decisions(file, taken=2)) == [4, 8, 16]  # for another reason
+
+
 def test_freed_blocks_are_given_back_before_parts_are_made_smaller(kept: list[str], monkeypatch: pytest.MonkeyPatch):
     session = Scattering()
-    monkeypatch.setattr(Sizing, "close", lambda sizing: sizing.leave())  # there was room enough
+    monkeypatch.setattr(Sizing, "close", lambda sizing: sizing.keep_freed())  # there was room enough
+    monkeypatch.setattr(Sizing, "settle", lambda sizing, highest: None)
     monkeypatch.setattr(Sizing, "wants", lambda sizing, step: False)
     assert near(session, lambda: (1100 if kept[-1] == "moved" else 900) * MIB, 4) == [1, 1, 1, 1]
     assert kept == ["fixed", "moved", "fixed", "moved"]

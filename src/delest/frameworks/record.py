@@ -149,8 +149,8 @@ class Record:
         storage.write_json(self.folder / "run.json", self.run)
         lines = storage.read_lines(self.folder / "metrics.jsonl")
         machine.give_back_unused()
-        here = machine.describe(accelerators=True)
         try:
+            here = machine.describe_for_report()
             path = write_report(self.folder, self.run, metrics=lines, shrunk=None, hardware=here)
         except (MemoryError, SystemError):  # the latter where a module cannot be read in for want of it
             self.note(f"memory ran out before the report was written: delest report {self.folder} writes it.")

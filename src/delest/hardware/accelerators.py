@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,11 +24,8 @@ _WHEELS = (
 
 
 def find_accelerators() -> tuple[Accelerator, ...]:
-    """NVIDIA GPUs that the driver shows, and those of other makers that torch reaches; imports torch where it is installed, but not
-    beside another framework under Keras (170 MiB): what the driver shows is then not judged."""
-    listed = _listed()
-    if "keras" in sys.modules and "torch" not in sys.modules:
-        return tuple(replace(gpu, remedy="torch was not asked, as another framework computed") for gpu in listed)
+    """NVIDIA GPUs that the driver shows, and those of other makers that torch reaches; imports torch where it is installed."""
+    listed = listed_accelerators()
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -132,8 +128,8 @@ def covers(architectures: Sequence[str], capability: str) -> bool:
     return False
 
 
-def _listed() -> tuple[Accelerator, ...]:
-    """What nvidia-smi prints, none where it is missing or fails."""
+def listed_accelerators() -> tuple[Accelerator, ...]:
+    """What nvidia-smi prints, none where it is missing or fails; whether torch can use them is not known."""
     try:
         printed = subprocess.run(_QUERY, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -229,7 +229,7 @@ def _check_accelerators(here: Hardware) -> list[Check]:
     return [
         Check(
             name="gpu",
-            ok=gpu.usable,
+            ok=bool(gpu.usable),
             detail=f"{gpu.name}, {format_bytes(gpu.memory_bytes)}{'' if gpu.usable else ', not usable by torch'}",
             remedy=gpu.remedy,
         )

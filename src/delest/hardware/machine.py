@@ -11,7 +11,9 @@ import os
 import platform
 import re
 import resource
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from delest import malloc
@@ -51,6 +53,15 @@ def describe(*, accelerators: bool = False, root: Path = ROOT) -> Hardware:
         cache_bytes=_caches(root),
         accelerators=found,
     )
+
+
+def describe_for_report() -> Hardware:
+    """This machine with its GPUs. Where Keras computes with another framework in this process torch is not imported, which takes 170 MiB, and does not judge them."""
+    if "keras" in sys.modules and "torch" not in sys.modules:
+        from delest.hardware.accelerators import listed_accelerators
+
+        return replace(describe(), accelerators=listed_accelerators())
+    return describe(accelerators=True)
 
 
 def resident_bytes() -> int:

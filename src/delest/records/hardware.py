@@ -13,7 +13,7 @@ class Accelerator:
     memory_bytes: int
     capability: str | None = None  # compute capability, "9.0"
     driver: str | None = None
-    usable: bool = False  # by the installed build of torch
+    usable: bool | None = None  # by the installed build of torch; None: torch was not asked
     remedy: str | None = None  # what to install or change where it is not usable
 
 

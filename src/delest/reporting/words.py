@@ -306,5 +306,7 @@ def machine_facts(hardware: Hardware) -> list[tuple[str, str]]:
         facts.append(("memory limit", format_bytes(hardware.memory_limit_bytes)))
     for accelerator in hardware.accelerators:
         usable = "usable" if accelerator.usable else f"not usable: {accelerator.remedy or 'no remedy is known'}"
+        if accelerator.usable is None:
+            usable = "which torch was not asked about"
         facts.append(("GPU", f"{accelerator.name}, {format_bytes(accelerator.memory_bytes)}, {usable}"))
     return facts

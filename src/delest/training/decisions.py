@@ -22,6 +22,7 @@ class Decisions:
         self.path = path
         lines = [] if path is None else storage.read_lines(path)
         self._lines = len(lines)
+        self.earlier = lines[:taken]  # which led to the checkpoint
         self._script = _standing(lines[taken:], taken)
         self.count = taken
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delest import errors
+from delest.hardware import machine
 from delest.training import limit
 from delest.training.growth import Growth, GrowthWatch
 from delest.training.limit import MARGIN_BYTES, too_small
@@ -27,9 +28,8 @@ if TYPE_CHECKING:
     from delest.training.decisions import Decisions
     from delest.training.position import Position
 
-NEAR_BYTES = (
-    8 << 20
-)  # below the budget: what only the margin holds back; all of that where there is no limit, but a watch alone
+NEAR_BYTES = 8 << 20  # below the budget: what only the margin holds back
+RISEN_BYTES = 64 << 20  # beyond what was resident when splits did not help: another reason, for which they may
 PATIENCE = 10  # steps between two splits for closeness alone: the first must show its effect
 SPARED = 8  # times in a run that a step is tried again as it is
 Result = TypeVar("Result")
@@ -69,7 +69,7 @@ class Guard:
         self._thread: ThreadPoolExecutor | None = None
         self._spared, self._eased_at = 0, -PATIENCE
         self._sizing: Sizing | None = None
-        self._eased: list[int] = []  # what was resident at each split for closeness alone
+        self._told, self._eased = False, list[int]()  # what was resident at each split for closeness alone
 
     @contextlib.contextmanager
     def watching(self, budget_bytes: int | None) -> Iterator[None]:
@@ -83,20 +83,20 @@ class Guard:
         self.budget_bytes, self._growth = budget_bytes, GrowthWatch(budget_bytes)
         with limit.held(budget_bytes) as self._watch:
             assert self._watch is not None
-            if getattr(self.session, "sized", False):
-                self._watch.only_watch()
-                self._sizing = Sizing(self.session, budget_bytes, self.option)
-            with self._watch.lifted():
-                self.session.warm()
-            self._watch.begin_anew(widen=True)
             try:
+                if getattr(self.session, "sized", False):
+                    self._watch.only_watch()
+                    self._sizing = Sizing(self.session, budget_bytes, self.option)
+                with self._watch.lifted():
+                    self.session.warm()
+                self._watch.begin_anew(widen=True)
                 yield
             except MemoryError as error:
                 raise self._too_small(_Failure("reading", str(error))) from None
             finally:
                 self._watch = None
                 if self._sizing is not None:
-                    self._sizing.leave()
+                    self._sizing.keep_freed()
                 if self._thread is not None:
                     self._thread.shutdown()
                     self._thread = None
@@ -114,6 +114,10 @@ class Guard:
 
         Raises `NothingFits` where no smaller parts are left; `OutOfMemory` where the update failed, which may be half done.
         """
+        if not self._told:
+            self._told = True
+            for line in decisions.earlier:
+                self._note_split(line)
         self.follow(decisions, position, evaluating=evaluating)
         if self._watch is None:
             return work()
@@ -135,6 +139,8 @@ class Guard:
             else:
                 if not evaluating:
                     self._size(sizing, decisions, position)
+                    if self._sizing is not None and sizing is None and not small:
+                        self._sizing.settle(machine.peak_resident_bytes())
                     self._look_for_growth(decisions, position)
                 return result
             if failure.harmful:
@@ -161,6 +167,8 @@ class Guard:
         else:
             return
         position.parts, position.decisions = self.session.parts, decisions.count
+        assert self._watch is not None
+        self._watch.highest_bytes = 0  # of the parts before
 
     def _change_thread(self) -> None:
         """Go on in another thread: oneDNN's code generator (Xbyak) remembers for each thread that an allocation failed, and then
@@ -172,7 +180,11 @@ class Guard:
         with self._watch.lifted():
             if limit.has_room_for_threads():
                 self._thread = ThreadPoolExecutor(1, "memory-guard-work")
-                self._thread.submit(self.session.warm).result()
+                try:
+                    self._thread.submit(self.session.warm).result()
+                except RuntimeError:  # a limit on the number of threads
+                    self._thread.shutdown()
+                    self._thread = None
         self._watch.begin_anew()  # what the thread took for itself and uses is no room
 
     def read_again(self, error: MemoryError) -> None:
@@ -199,6 +211,7 @@ class Guard:
             if line["phase"] == "sizing":  # after the step
                 break
             decisions.take("split", position.step)
+            self._note_split(line)
             self.session.parts = max(self.session.parts, line["parts"])
             position.decisions, followed = decisions.count, True
             self.keep_parts()
@@ -234,22 +247,36 @@ class Guard:
     def _ease(self, decisions: Decisions, position: Position) -> None:
         """Split before a step where the last one came too close to the budget."""
         assert self._watch is not None
-        highest, watched = self._watch.highest_bytes, self._sizing is not None  # alone: nothing else holds it back
+        highest, sizing = self._watch.highest_bytes, self._sizing
         left = self._watch.budget_bytes - highest
-        patience = 0 if watched and left < 0 else PATIENCE
-        if left > (MARGIN_BYTES if watched else NEAR_BYTES) or position.step - self._eased_at < patience:
+        patience = 0 if sizing is not None and left < 0 else PATIENCE  # where nothing but the watch holds it back
+        if (
+            left >= NEAR_BYTES
+            or position.step - self._eased_at < patience
+            or (sizing is not None and sizing.wants(position.step))
+        ):
             return
-        if self._sizing is not None and self._sizing.tighten():
+        if sizing is not None and sizing.give_freed_back():
             self._watch.begin_anew()
             return
-        in_vain = len(self._eased) > 1 and highest > self._eased[-2] - NEAR_BYTES  # two splits have not helped
-        if self.session.parts >= self.session.most_parts or (watched and in_vain):
+        if self.session.parts >= self.session.most_parts or (sizing is not None and self._split_in_vain(highest)):
             return
         self._eased_at = position.step
-        self._eased.append(highest)
+        self._note_split({"highest_bytes": highest})
         why = f"the resident set came to {format_bytes(highest)}"
-        self._divide(decisions, position, "approach", why, _Failure("approach", ""))
+        self._divide(decisions, position, "approach", why, _Failure("approach", ""), highest_bytes=highest)
         self._watch.begin_anew()
+
+    def _split_in_vain(self, highest: int) -> bool:
+        """Whether the last two splits for closeness have not helped: what grows is something else, such as what is read ahead."""
+        return len(self._eased) > 1 and self._eased[-2] - NEAR_BYTES < highest < max(self._eased) + RISEN_BYTES
+
+    def _note_split(self, decision: dict[str, Any]) -> None:
+        highest = decision.get("highest_bytes")  # of a split for closeness alone
+        if highest is not None:
+            if highest >= max(self._eased, default=highest) + RISEN_BYTES:
+                self._eased.clear()
+            self._eased.append(highest)
 
     def _divide(self, decisions: Decisions, position: Position, phase: str, why: str, failure: _Failure, **facts: Any) -> None:
         if self.session.parts >= self.session.most_parts:

@@ -34,7 +34,7 @@ class Sizing:
         self._readings: list[tuple[int, int]] = []  # rows of a part, highest resident bytes
         self._closed, self._begun_at = False, 0
         self._idle_bytes = machine.resident_bytes()
-        self._scatters = getattr(session, "scatters", False) and malloc.current() == "glibc"  # else as it was asked for
+        self._scatters = getattr(session, "scatters", False) and not malloc.is_tuned()
         self._gives_back = self._scatters and malloc.fix_threshold()
 
     def wants(self, step: int) -> bool:
@@ -60,16 +60,27 @@ class Sizing:
         """The parts are decided: an interrupted run had found them."""
         self._closed = True
 
-    def tighten(self) -> bool:
-        """Have malloc give freed blocks back from here on; whether it did not yet."""
-        before, self._gives_back = self._gives_back, self._scatters and malloc.fix_threshold()
-        return self._gives_back and not before
+    def give_freed_back(self) -> bool:
+        """Have malloc give freed blocks back from here on; whether it did not yet, and does now."""
+        if self._gives_back or not self._scatters:
+            return False
+        self._gives_back = malloc.fix_threshold()
+        return self._gives_back
 
-    def leave(self) -> None:
+    def keep_freed(self) -> None:
         """Leave malloc as glibc would have it in this process."""
         if self._gives_back:
             malloc.move_threshold()
             self._gives_back = False
+
+    def settle(self, highest_bytes: int) -> None:
+        """After a step whose parts were found before: keep what is freed where there is twice the room that steps take."""
+        if (
+            self._gives_back
+            and self.session.parts <= self._least_parts
+            and self.budget_bytes - highest_bytes > highest_bytes - self._idle_bytes
+        ):
+            self.keep_freed()
 
     def end(self, batch_rows: int) -> str | None:
         """After it: once two were made the fewest parts are set that are expected to fit by the last two, then again after the step with those, until they are no
@@ -90,9 +101,8 @@ class Sizing:
         rows = max(least, min(rows, (FIRST_LEAP if first else LEAP) * more))
         parts = max(self._least_parts, min(session.most_parts, math.ceil(batch_rows / rows)))
         self._closed = parts >= session.parts
-        if self._closed and parts == self._least_parts and self.budget_bytes - high > high - self._idle_bytes:
-            self.leave()
         if parts == session.parts and not first:
+            self.settle(high)
             return None
         session.parts = parts
         part = math.ceil(batch_rows / parts)

@@ -182,6 +182,7 @@ def _named(backends: Sequence[str] | str | None) -> tuple[str, ...]:
 def _tried(place: Workplace, name: str, folder: Path, epochs: int, whole: int, say: Progress) -> FrameworkResult:
     """The training on one framework; a fault of it is in the result, for the others are still worth comparing."""
     began = time.time()
+    shutil.rmtree(folder / name, ignore_errors=True)  # of an earlier training
     try:
         with processes.begin(
             "delest.verbs.comparing:train_under",
@@ -247,7 +248,6 @@ def train_under(
     first_loss = leave_answers(session, place.feed("train", place.splits["train"][:COMPARED_ROWS]), Path(folder, f"{name}.npz"))
     looked = time.time() - looking  # which no training does
     own = Path(folder, name)
-    shutil.rmtree(own, ignore_errors=True)  # of an earlier training
     own.mkdir()
     trainer = build_trainer(place, session, own, Progress())
     trainer.limits = Limits(checkpoint_seconds=LONGEST_SECONDS)

@@ -110,7 +110,12 @@ def _within(
         why = f"{what} {units.format_bytes(request.budget_bytes)} with malloc as it comes"
         say.note(f"{why}: steps once more with one that gives blocks back")
         choices = [make_choice("allocator", {"name": "mmap"}, request.probe, why), *faster]
-        choose(_request(place, wanted, threads, say, choices=choices), choices)
+        try:
+            choose(_request(place, wanted, threads, say, choices=choices), choices)
+        except errors.DelestError as error:
+            if not parts:
+                raise
+            say.note(f"steps with the other malloc failed: {error}")
     plans = [one for one in found if isinstance(one, Plan)]
     if plans:
         return max(plans, key=lambda one: one.micro_batch)

@@ -229,7 +229,7 @@ def report(run: Run | str | Path) -> Path:
         runs.read(folder),
         metrics=storage.read_lines(folder / "metrics.jsonl"),
         shrunk=read_json(Shrunk, shrunk) if shrunk.exists() else None,
-        hardware=machine.describe(accelerators=True),
+        hardware=machine.describe_for_report(),
     )
 
 

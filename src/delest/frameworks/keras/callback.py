@@ -144,4 +144,6 @@ class DelestCallback(keras.callbacks.Callback):
             return
         self._open.close()
         rows, parts = max(1, self._rows), self.steps.parts if self.wishes.acts else 1
+        if self.wishes.acts:
+            self.steps.close()
         record.finish(rows, math.ceil(rows / parts), self.model.count_params(), error)

@@ -117,8 +117,10 @@ class _TensorFlow:
 
         variables, mean = model.trainable_variables, tf.autograph.experimental.do_not_convert(mean)
 
-        self._sums: list[Any] = []  # of parts' gradients, once there are parts
-        self._reached: list[bool] = []  # whether the loss depends on a variable
+        self._adding: tuple[Any, list[Any], list[bool]] | None = (
+            None  # a step that adds, its sums, which of them the loss reaches
+        )
+        self._alone = 0  # batches in one part since
 
         def differentiated(inputs: Any, targets: Any, share: Any) -> Any:
             with tf.GradientTape() as tape, kernels.used():
@@ -130,16 +132,22 @@ class _TensorFlow:
             loss, found = differentiated(inputs, targets, share)
             return loss, [None if one is None else tf.convert_to_tensor(one) for one in found]  # embeddings' hold single rows
 
-        @tf.function(reduce_retracing=True)
-        def add(inputs: Any, targets: Any, share: Any) -> Any:
-            loss, found = differentiated(inputs, targets, share)
-            self._reached = [one is not None for one in found]
-            for total, one in zip(self._sums, found, strict=True):
-                if isinstance(one, tf.IndexedSlices):
-                    total.scatter_add(one)
-                elif one is not None:
-                    total.assign_add(one)
-            return loss
+        def adder() -> tuple[Any, list[Any], list[bool]]:
+            sums = [tf.Variable(tf.zeros_like(one.value), trainable=False) for one in variables]
+            reached = [False] * len(sums)
+
+            @tf.function(reduce_retracing=True)
+            def add(inputs: Any, targets: Any, share: Any) -> Any:
+                loss, found = differentiated(inputs, targets, share)
+                for place, (total, one) in enumerate(zip(sums, found, strict=True)):
+                    reached[place] = one is not None
+                    if isinstance(one, tf.IndexedSlices):
+                        total.scatter_add(one)
+                    elif one is not None:
+                        total.assign_add(one)
+                return loss
+
+            return add, sums, reached
 
         @tf.function
         def update(gradients: Any) -> Any:
@@ -148,22 +156,26 @@ class _TensorFlow:
                 optimizer.apply(gradients, variables)
             return norm
 
-        self._gradient, self._add, self.update = gradient, add, update
+        self._gradient, self._adder, self.update = gradient, adder, update
         self.answer = tf.function(lambda inputs: model(inputs, training=False), reduce_retracing=True)
-        self._variables, self._tf = variables, tf
+        self._tf = tf
 
     def gradient(self, parts: Iterable[Part], count: int = 1) -> tuple[Any, list[Any]]:
         tf, loss = self._tf, 0.0
         told = ((inputs, targets, tf.constant(share, tf.float32)) for inputs, targets, share in parts)
         if count == 1:
+            self._alone += 1
+            if self._alone > 1:  # not the last of an epoch: batches are whole from here on
+                self._adding = None
             loss, gradients = self._gradient(*next(told))
             return loss, list(gradients)
-        self._sums = self._sums or [tf.Variable(tf.zeros_like(one.value), trainable=False) for one in self._variables]
-        for total in self._sums:
+        self._alone, self._adding = 0, self._adding or self._adder()
+        add, sums, reached = self._adding
+        for total in sums:
             total.assign(tf.zeros_like(total))
         for part in told:
-            loss = loss + self._add(*part)
-        return loss, [one.value() if reached else None for one, reached in zip(self._sums, self._reached, strict=True)]
+            loss = loss + add(*part)
+        return loss, [one.value() if known else None for one, known in zip(sums, reached, strict=True)]
 
 
 class _Jax:

@@ -43,6 +43,10 @@ class FitSteps:
         """Start the threads of parallel operators."""
         keras.ops.exp(keras.ops.ones((1 << 18,)))
 
+    def close(self) -> None:
+        """Let go of what is kept between steps."""
+        del self._engine, self._results
+
     def see(self, data: Any) -> int:
         """Take note of a batch's rows before it is stepped."""
         rows = _rows_of(data)
@@ -187,7 +191,9 @@ def _tensor(value: Any) -> Any:
 
 
 def _bytes_of(tensor: Any) -> int:
-    return math.prod(tensor.shape) * np.dtype(keras.backend.standardize_dtype(tensor.dtype)).itemsize
+    """0 for strings, and for rows of different lengths."""
+    name = keras.backend.standardize_dtype(tensor.dtype)
+    return 0 if name == "string" or None in tensor.shape else math.prod(tensor.shape) * np.dtype(name).itemsize
 
 
 def _rows_of(data: Any) -> int:
