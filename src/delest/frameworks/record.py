@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ class Record:
         self.batches = batches
         self.position, self.decisions = Position(), Decisions(self.folder / "decisions.jsonl")
         self.progress = PlainProgress()
-        self.epoch = self._rate = self._read_at = 0.0
+        self.epoch = self._read_at = 0.0
+        self._rate: float | Callable[[], float] = 0.0
         self._losses: list[Any] = []
         self._rows = 0
         self.run = Run(
@@ -59,8 +60,8 @@ class Record:
         """Something worth knowing, on standard error."""
         self.progress.note(text)
 
-    def stepped(self, step: int, epoch: float, loss: Any, rate: float, rows: int) -> None:
-        """One more update was made: its number from 1, epochs done with a fraction, mean loss (read later), learning rate, rows."""
+    def stepped(self, step: int, epoch: float, loss: Any, rate: float | Callable[[], float], rows: int) -> None:
+        """One more update was made: its number from 1, epochs done with a fraction, mean loss (read later), learning rate (or what reads it, later), rows."""
         now, p = time.monotonic(), self.position
         p.training_seconds, self._mark = p.training_seconds + now - self._mark, now
         p.step, self.epoch = step, epoch
@@ -73,7 +74,8 @@ class Record:
         losses, p = [float(loss) for loss in self._losses if loss is not None], self.position
         seconds = p.training_seconds - self._read_at
         row: dict[str, Any] = {"kind": "train", "step": p.step, "epoch": self.epoch, "seconds": p.training_seconds}
-        row |= {"loss": sum(losses) / len(losses) if losses else None, "rate": self._rate}
+        rate = self._rate() if callable(self._rate) else self._rate
+        row |= {"loss": sum(losses) / len(losses) if losses else None, "rate": rate}
         row |= {"samples_per_second": self._rows / seconds if seconds else None, "resident_bytes": machine.resident_bytes()}
         storage.append_line(self.folder / "metrics.jsonl", row)
         self._losses, self._rows, self._read_at = [], 0, p.training_seconds

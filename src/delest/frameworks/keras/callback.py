@@ -17,7 +17,7 @@ import keras
 from delest import errors
 from delest.frameworks import wishes
 from delest.frameworks.keras import KerasBackend
-from delest.frameworks.keras.fitting import FitSteps, batch_of, check_budget, faults_in_fit, iterator_of_fit
+from delest.frameworks.keras.fitting import FitSteps, batch_of, check_budget, faults_in_fit, iterator_of_fit, rate_of
 from delest.frameworks.record import Record
 from delest.records.plan import Plan
 from delest.training.guard import Guard
@@ -122,8 +122,9 @@ class DelestCallback(keras.callbacks.Callback):
         if self.record is not None:
             self._seen += 1
             steps = self.params.get("steps") or math.inf
-            rate = float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate))
-            self.record.stepped(self._seen, self._epoch + (batch + 1) / steps, (logs or {}).get("loss"), rate, self._rows)
+            self.record.stepped(
+                self._seen, self._epoch + (batch + 1) / steps, (logs or {}).get("loss"), lambda: rate_of(self.model), self._rows
+            )
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         values = {name: value for name, value in (logs or {}).items() if name.startswith("val_")}

@@ -166,6 +166,11 @@ def batch_of(given: Any) -> Any:
     return given[0] if isinstance(given, (list, tuple)) else next(given)
 
 
+def rate_of(model: keras.Model) -> float:
+    """The learning rate of its next step."""
+    return float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+
+
 def iterator_of_fit() -> Any:
     """What gives the `fit` in which we are called its batches; None where it is not known."""
     frame = sys._getframe(1)
