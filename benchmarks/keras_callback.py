@@ -3,7 +3,7 @@
     python benchmarks/keras_callback.py [--only ROW]      # in an environment with delest[keras]
 
 A row is a model on a framework. In one process the same `fit` is made by turns with no callback, with one that records, and with one that also holds a budget in
-which the whole batch fits: the seconds of a step are the median over all turns, but for the first steps of each. Then, in processes of their own, under a limit of the
+which the whole batch fits, in another order each turn: how many times as long a step takes is the median of the turns' ratios, their first steps left out. Then, in processes of their own, under a limit of the
 kernel's that is lowered until `fit` dies: the same fit with the callback. Limits are of two kinds. A memory cgroup counts what is resident, as containers do (it takes root
 to make one): the callback holds nine tenths of it. RLIMIT_DATA counts address space, of which libraries take more than they use: the callback holds half of what the fit took.
 """
@@ -88,18 +88,18 @@ def turns(model: str) -> dict[str, Any]:
     around: dict[str, list[float]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(ROUNDS + 1):  # the first compiles
-            for way in WAYS:
+            for way in (*WAYS[turn % len(WAYS) :], *WAYS[: turn % len(WAYS)]):
                 clock = ours.Clock()
                 callbacks = [ours.Told(clock), *callback(way, Path(folder, f"{way}-{turn}"), AMPLE_BYTES)]
                 began = time.perf_counter()
                 models[way].fit(x, y, batch_size=place.job.batch_size, epochs=1, verbose=0, callbacks=callbacks)
                 if turn:
                     moments = [*clock.starts[0], clock.ends[0]]
-                    steps[way] += [
-                        after - before for before, after in zip(moments[SKIPPED:], moments[SKIPPED + 1 :], strict=False)
-                    ]
+                    taken = [after - before for before, after in zip(moments[SKIPPED:], moments[SKIPPED + 1 :], strict=False)]
+                    steps[way].append(statistics.median(taken))
                     around[way].append(time.perf_counter() - began - (moments[-1] - moments[0]))
     return {
+        "turns_seconds": steps,
         "step_seconds": {way: statistics.median(found) for way, found in steps.items()},
         "around_seconds": {way: statistics.median(found) for way, found in around.items()},
     }
@@ -161,7 +161,8 @@ def limited(model: str, way: str, kind: str, room: int, memory: int) -> dict[str
 
 
 def ratios(row: dict[str, Any]) -> dict[str, float]:
-    return {way: row["step_seconds"][way] / row["step_seconds"]["fit"] for way in WAYS}
+    turns = row["turns_seconds"]
+    return {way: statistics.median(one / fit for one, fit in zip(turns[way], turns["fit"], strict=True)) for way in WAYS}
 
 
 def show(row: dict[str, Any]) -> None:
