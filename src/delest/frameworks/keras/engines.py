@@ -117,10 +117,9 @@ class _TensorFlow:
 
         variables, mean = model.trainable_variables, tf.autograph.experimental.do_not_convert(mean)
 
-        self._adding: tuple[Any, list[Any], list[bool]] | None = (
-            None  # a step that adds, its sums, which of them the loss reaches
-        )
-        self._alone = 0  # batches in one part since
+        # A step that adds to sums, these, and which of them the loss reaches; how many batches were in one part since it was used.
+        self._adding: tuple[Any, list[Any], list[bool]] | None = None
+        self._alone = 0
 
         def differentiated(inputs: Any, targets: Any, share: Any) -> Any:
             with tf.GradientTape() as tape, kernels.used():
