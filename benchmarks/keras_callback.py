@@ -2,9 +2,9 @@
 
     python benchmarks/keras_callback.py [--only ROW]      # in an environment with delest[keras]
 
-A row is a model on a framework. In one process the same `fit` is made by turns with no callback, with one that records, and with one that also holds a budget in
-which the whole batch fits, in another order each turn: how many times as long a step takes is the median of the turns' ratios, their first steps left out. Then, in processes of their own, under a limit of the
-kernel's that is lowered until `fit` dies: the same fit with the callback. Limits are of two kinds. A memory cgroup counts what is resident, as containers do (it takes root
+A row is a model on a framework. Three processes make the same `fit`: with no callback, with one that records, and with one that also holds a budget in which the
+whole batch fits. They take a step each by turns, in another order each turn, so that all three meet the same moments of the machine: how many times as long a step takes is the median
+over turns, and over two such sets of processes. Then, in processes of their own, under a limit of the kernel's that is lowered until `fit` dies: the same fit with the callback. Limits are of two kinds. A memory cgroup counts what is resident, as containers do (it takes root
 to make one): the callback holds nine tenths of it. RLIMIT_DATA counts address space, of which libraries take more than they use: the callback holds half of what the fit took.
 """
 
@@ -31,7 +31,8 @@ from delest.hardware import machine
 HERE = Path(__file__).parent
 ROWS = tuple(f"{model} {framework}" for model in ("cnn", "mlp", "transformer") for framework in ("tensorflow", "torch"))
 WAYS = ("fit", "recorded", "guarded")
-ROUNDS, SKIPPED, EPOCHS = 6, 3, 2
+SETS, STEPS, SKIPPED = 2, 24, 6  # of processes by turns, and of their steps
+EPOCHS = 2  # under a limit
 AMPLE_BYTES = 8 << 30
 LIMITS = {"cgroup": (1.0, 0.9, 0.8, 0.7, 0.6), "data": (2.0, 1.4, 1.0, 0.8, 0.6)}  # by kind: shares of what a fit took
 GROUPS = {  # files of a group: its limit, and what counts against it
@@ -41,11 +42,18 @@ GROUPS = {  # files of a group: its limit, and what counts against it
 SLOWER = 1.03
 
 
+def environment_of(framework: str) -> dict[str, str]:
+    return {**os.environ, "KERAS_BACKEND": framework, "TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
 def child(framework: str, *words: str) -> dict[str, Any] | None:
     """What a process of ours found; None where it died."""
-    environment = {**os.environ, "KERAS_BACKEND": framework, "TF_CPP_MIN_LOG_LEVEL": "2"}
     process = subprocess.Popen(
-        [sys.executable, __file__, "child", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, __file__, "child", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment_of(framework),
     )
     out, error = process.communicate()
     for root in GROUPS:  # of one that was killed
@@ -59,11 +67,12 @@ def child(framework: str, *words: str) -> dict[str, Any] | None:
 
 def measure(name: str) -> dict[str, Any]:
     model, framework = name.split()
-    turns, whole = child(framework, "turns", model), child(framework, "limited", model, "fit", "none", "0", "0")
-    if turns is None or whole is None:
+    whole = child(framework, "limited", model, "fit", "none", "0", "0")
+    if whole is None:
         raise SystemExit(f"{name}: the fit ended with no limit")
     taken = whole["taken_bytes"]
-    return {"row": name, **turns, "fit_bytes": taken, **{kind: under_limit(framework, model, kind, taken) for kind in LIMITS}}
+    limits = {kind: under_limit(framework, model, kind, taken) for kind in LIMITS}
+    return {"row": name, **turns(framework, model), "fit_bytes": taken, **limits}
 
 
 def under_limit(framework: str, model: str, kind: str, taken: int) -> dict[str, Any] | None:
@@ -77,32 +86,82 @@ def under_limit(framework: str, model: str, kind: str, taken: int) -> dict[str, 
     return None
 
 
-def turns(model: str) -> dict[str, Any]:
-    """Seconds of a step and of what surrounds the steps of a `fit`, by way."""
+def turns(framework: str, model: str) -> dict[str, Any]:
+    """Seconds of each step and of what surrounds the steps of a `fit`, by way."""
+    steps: dict[str, list[float]] = {way: [] for way in WAYS}
+    around: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(SETS):
+        with contextlib.ExitStack() as open_fits:
+            fits = {way: open_fits.enter_context(stepping(framework, model, way)) for way in WAYS}
+            for turn in range(SKIPPED + STEPS):
+                for way in (*WAYS[turn % len(WAYS) :], *WAYS[: turn % len(WAYS)]):
+                    began = time.perf_counter()
+                    fits[way]("step")
+                    if turn >= SKIPPED:
+                        steps[way].append(time.perf_counter() - began)
+            for way, fit in fits.items():
+                around[way].append(float(fit("end")))
+    return {"steps_seconds": steps, "around_seconds": {way: statistics.median(found) for way, found in around.items()}}
+
+
+@contextlib.contextmanager
+def stepping(framework: str, model: str, way: str) -> Iterator[Callable[[str], str]]:
+    """A process that waits before each step of its `fit` to be told "step" or "end". What tells it gives its answer: once the next step can begin, once the fit has ended."""
+    words = [sys.executable, __file__, "child", "steps", model, way]
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment_of(framework)
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        given, found = process.stdin, process.stdout
+
+        def answer() -> str:
+            while (line := found.readline()) and not line.startswith("answer"):
+                pass
+            if not line:
+                said.seek(0)
+                raise SystemExit(f"{framework}: {model}, {way}: {said.read()[-2000:]}")
+            return line.removeprefix("answer").strip()
+
+        def tell(word: str) -> str:
+            print(word, file=given, flush=True)
+            return answer()
+
+        try:
+            answer()
+            yield tell
+        finally:
+            process.kill()
+
+
+def steps(model: str, way: str) -> None:
+    """The fit of `stepping`; at its end it gives the seconds that surrounded its steps."""
     import frameworks_child as ours
+    import keras
 
     place = ours.opened(model)
     x, y = ours.arrays(place)
-    models = {way: ours.compiled(place) for way in WAYS}
-    steps: dict[str, list[float]] = {way: [] for way in WAYS}
-    around: dict[str, list[float]] = {way: [] for way in WAYS}
+    net = ours.compiled(place)
+    begun: list[float] = []
+    ended: list[float] = []
+
+    class Waits(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+            begun.append(time.perf_counter())
+            print("answer", flush=True)
+            self.model.stop_training = input() == "end"
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            ended.append(time.perf_counter())
+
     with tempfile.TemporaryDirectory() as folder:
-        for turn in range(ROUNDS + 1):  # the first compiles
-            for way in (*WAYS[turn % len(WAYS) :], *WAYS[: turn % len(WAYS)]):
-                clock = ours.Clock()
-                callbacks = [ours.Told(clock), *callback(way, Path(folder, f"{way}-{turn}"), AMPLE_BYTES)]
-                began = time.perf_counter()
-                models[way].fit(x, y, batch_size=place.job.batch_size, epochs=1, verbose=0, callbacks=callbacks)
-                if turn:
-                    moments = [*clock.starts[0], clock.ends[0]]
-                    taken = [after - before for before, after in zip(moments[SKIPPED:], moments[SKIPPED + 1 :], strict=False)]
-                    steps[way].append(statistics.median(taken))
-                    around[way].append(time.perf_counter() - began - (moments[-1] - moments[0]))
-    return {
-        "turns_seconds": steps,
-        "step_seconds": {way: statistics.median(found) for way, found in steps.items()},
-        "around_seconds": {way: statistics.median(found) for way, found in around.items()},
-    }
+        callbacks = [Waits(), *callback(way, Path(folder, "run"), AMPLE_BYTES)]
+        began = time.perf_counter()
+        net.fit(x, y, batch_size=place.job.batch_size, epochs=SKIPPED + STEPS + 1, verbose=0, callbacks=callbacks)
+        print("answer", time.perf_counter() - ended[-1] + begun[0] - began, flush=True)
 
 
 def callback(way: str, folder: Path, memory: int) -> list[Any]:
@@ -161,14 +220,14 @@ def limited(model: str, way: str, kind: str, room: int, memory: int) -> dict[str
 
 
 def ratios(row: dict[str, Any]) -> dict[str, float]:
-    turns = row["turns_seconds"]
-    return {way: statistics.median(one / fit for one, fit in zip(turns[way], turns["fit"], strict=True)) for way in WAYS}
+    found = row["steps_seconds"]
+    return {way: statistics.median(one / fit for one, fit in zip(found[way], found["fit"], strict=True)) for way in WAYS}
 
 
 def show(row: dict[str, Any]) -> None:
     costs = ", ".join(f"{way} {times:.3f}" for way, times in ratios(row).items())
     print(
-        f"{row['row']:24} {row['step_seconds']['fit'] * 1e3:8.1f} ms a step; {costs}; {row['fit_bytes'] / 2**20:,.0f} MiB",
+        f"{row['row']:24} {statistics.median(row['steps_seconds']['fit']) * 1e3:8.1f} ms a step; {costs}; {row['fit_bytes'] / 2**20:,.0f} MiB",
         flush=True,
     )
     for kind in LIMITS:
@@ -195,8 +254,11 @@ def bounds_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     if sys.argv[1:2] == ["child"]:
-        what, model, *more = sys.argv[2:]
-        print(json.dumps(turns(model) if what == "turns" else limited(model, more[0], more[1], int(more[2]), int(more[3]))))
+        what, model, way, *more = sys.argv[2:]
+        if what == "steps":
+            steps(model, way)
+        else:
+            print(json.dumps(limited(model, way, more[0], int(more[1]), int(more[2]))))
         return
     options = results_file.read_options(__doc__.splitlines()[0], ROWS)
     try:

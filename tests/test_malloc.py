@@ -71,6 +71,37 @@ def test_the_threshold_can_be_fixed_and_moved_while_a_process_runs():
     assert moved[2] > 35 << 20
 
 
+TOUCHED = """
+import ctypes, resource
+from delest import malloc
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(64 << 20)
+    libc.memset(block, 1, 64 << 20)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+found = []
+for name in ("keep_freed", "move_threshold"):
+    assert getattr(malloc, name)()
+    faults()
+    found.append(faults())
+print(*found)
+"""
+
+
+@needs_glibc
+def test_large_blocks_that_are_kept_are_not_cleared_again():
+    kept, moved = map(int, subprocess.check_output([sys.executable, "-c", TOUCHED], text=True).split())
+    assert kept < 100
+    assert moved > 1000
+
+
 @pytest.mark.parametrize(
     ("variables", "name"),
     [

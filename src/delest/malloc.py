@@ -25,7 +25,8 @@ THRESHOLD_BYTES = 64 << 10
 _LARGEST_THRESHOLD_BYTES = 32 << 20  # up to which glibc's own threshold moves on machines of 64 bits
 _THRESHOLD_VARIABLE, _TUNABLE = "MALLOC_MMAP_THRESHOLD_", "glibc.malloc.mmap_threshold"
 _FOLDERS = ("/usr/lib", "/usr/lib64", "/lib", "/usr/local/lib", f"/usr/lib/{platform.machine()}-linux-gnu")
-_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES, _MMAP_THRESHOLD = -1, 128 << 10, -3  # of mallopt(3), and its default
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3)
+_TRIM_THRESHOLD_BYTES, _MOST_MAPPINGS = 128 << 10, 65536  # its defaults
 _ALL_ARENAS = b"arena.4096.purge"  # jemalloc(3), MALLCTL_ARENAS_ALL
 _fixed = False  # this process's threshold, after it started
 
@@ -108,6 +109,14 @@ def move_threshold() -> bool:
     return moved
 
 
+def keep_freed() -> bool:
+    """Keep all that is freed, blocks of any size, until `move_threshold`, `fix_threshold` or `give_back`: no page is cleared twice. False where that cannot be asked for."""
+    global _fixed
+    kept = current() not in LIBRARIES and _mallopt(_LARGEST_THRESHOLD_BYTES, -1, 0)
+    _fixed = _fixed and not kept
+    return kept
+
+
 def give_back() -> None:
     """Have malloc give back to the system what is free; other C libraries keep theirs."""
     this = ctypes.CDLL(None)
@@ -119,11 +128,12 @@ def give_back() -> None:
         this.malloc_trim(0)
 
 
-def _mallopt(threshold_bytes: int, trim_bytes: int) -> bool:
+def _mallopt(threshold_bytes: int, trim_bytes: int, mappings: int = _MOST_MAPPINGS) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or not is_glibc():
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, threshold_bytes)) and bool(mallopt(_TRIM_THRESHOLD, trim_bytes))
+    asked = {_MMAP_THRESHOLD: threshold_bytes, _TRIM_THRESHOLD: trim_bytes, _MMAP_MAX: mappings}
+    return all(mallopt(option, value) for option, value in asked.items())
 
 
 def _library(name: str) -> Path | None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from delest import errors
 from delest.hardware import machine
 from delest.training import limit
+from delest.training.freed import Freed
 from delest.training.growth import Growth, GrowthWatch
 from delest.training.limit import MARGIN_BYTES, too_small
 from delest.training.sizing import Sizing
@@ -69,6 +70,7 @@ class Guard:
         self._thread: ThreadPoolExecutor | None = None
         self._spared, self._eased_at = 0, -PATIENCE
         self._sizing: Sizing | None = None
+        self._freed: Freed | None = None
         self._told, self._eased = False, list[int]()  # what was resident at each split for closeness alone
 
     @contextlib.contextmanager
@@ -84,6 +86,7 @@ class Guard:
         with limit.held(budget_bytes) as self._watch:
             assert self._watch is not None
             try:
+                self._freed = Freed(budget_bytes, scatters=getattr(self.session, "scatters", False))
                 if getattr(self.session, "sized", False):
                     self._watch.only_watch()
                     self._sizing = Sizing(self.session, budget_bytes, self.option)
@@ -95,8 +98,8 @@ class Guard:
                 raise self._too_small(_Failure("reading", str(error))) from None
             finally:
                 self._watch = None
-                if self._sizing is not None:
-                    self._sizing.keep_freed()
+                if self._freed is not None:
+                    self._freed.close()
                 if self._thread is not None:
                     self._thread.shutdown()
                     self._thread = None
@@ -139,12 +142,13 @@ class Guard:
             else:
                 if not evaluating:
                     self._size(sizing, decisions, position)
-                    if self._sizing is not None and sizing is None and not small:
-                        self._sizing.settle(machine.peak_resident_bytes())
+                    if not small:
+                        self._settle(position)
                     self._look_for_growth(decisions, position)
                 return result
             if failure.harmful:
                 raise errors.OutOfMemory(failure.phase, failure.detail, failure.begun)
+            self._give_back_freed()
             again = self.session.parts not in tried and self._was_address_space(failure)
             tried.add(self.session.parts)
             if not again:
@@ -169,6 +173,19 @@ class Guard:
         position.parts, position.decisions = self.session.parts, decisions.count
         assert self._watch is not None
         self._watch.highest_bytes = 0  # of the parts before
+
+    def _settle(self, position: Position) -> None:
+        """Have what steps free kept where there is room, once their parts are found."""
+        found = self._sizing is None or not self._sizing.wants(position.step + 1)
+        if self._freed is not None and self._freed.wants and found:
+            self._freed.settle(machine.peak_resident_bytes())
+
+    def _give_back_freed(self) -> bool:
+        """Have what steps free go back from here on; whether it did not, so that there may be room now."""
+        given = self._freed is not None and self._freed.give_back()
+        if given and self._watch is not None:
+            self._watch.highest_bytes = 0
+        return given
 
     def _change_thread(self) -> None:
         """Go on in another thread: oneDNN's code generator (Xbyak) remembers for each thread that an allocation failed, and then
@@ -195,6 +212,7 @@ class Guard:
         failure = _Failure("reading", str(error))
         if self._watch is None:
             raise error
+        self._give_back_freed()
         if not self._was_address_space(failure):
             raise self._too_small(failure)
         self._watch.begin_anew(widen=True)
@@ -256,7 +274,7 @@ class Guard:
             or (sizing is not None and sizing.wants(position.step))
         ):
             return
-        if sizing is not None and sizing.give_freed_back():
+        if self._give_back_freed():
             self._watch.begin_anew()
             return
         if self.session.parts >= self.session.most_parts or (sizing is not None and self._split_in_vain(highest)):

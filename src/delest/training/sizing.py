@@ -1,8 +1,5 @@
 """How many rows at a time keep a budget of memory, by two steps in small parts and the line through them, looked at again at each larger part: for sessions whose
 framework does not survive an allocation that fails (TensorFlow ends the process or hangs, XLA may where it compiles), so that no limit can be set for it.
-
-TensorFlow's threads free large blocks in heaps of their own, where they are no room for each other: within a budget malloc gives them back, as long as there is not
-twice the room that steps take.
 """
 
 from __future__ import annotations
@@ -10,7 +7,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from delest import malloc
 from delest.hardware import machine
 from delest.training.limit import MARGIN_BYTES, too_small
 from delest.units import format_bytes
@@ -33,9 +29,6 @@ class Sizing:
         self._least_parts = session.parts  # planned, or decided since
         self._readings: list[tuple[int, int]] = []  # rows of a part, highest resident bytes
         self._closed, self._begun_at = False, 0
-        self._idle_bytes = machine.resident_bytes()
-        self._scatters = getattr(session, "scatters", False) and not malloc.is_tuned()
-        self._gives_back = self._scatters and malloc.fix_threshold()
 
     def wants(self, step: int) -> bool:
         """Whether a whole batch's step is still to be looked at. A run that goes on after its first two steps stays with the parts that it has."""
@@ -60,28 +53,6 @@ class Sizing:
         """The parts are decided: an interrupted run had found them."""
         self._closed = True
 
-    def give_freed_back(self) -> bool:
-        """Have malloc give freed blocks back from here on; whether it did not yet, and does now."""
-        if self._gives_back or not self._scatters:
-            return False
-        self._gives_back = malloc.fix_threshold()
-        return self._gives_back
-
-    def keep_freed(self) -> None:
-        """Leave malloc as glibc would have it in this process."""
-        if self._gives_back:
-            malloc.move_threshold()
-            self._gives_back = False
-
-    def settle(self, highest_bytes: int) -> None:
-        """After a step whose parts were found before: keep what is freed where there is twice the room that steps take."""
-        if (
-            self._gives_back
-            and self.session.parts <= self._least_parts
-            and self.budget_bytes - highest_bytes > highest_bytes - self._idle_bytes
-        ):
-            self.keep_freed()
-
     def end(self, batch_rows: int) -> str | None:
         """After it: once two were made the fewest parts are set that are expected to fit by the last two, then again after the step with those, until they are no
         fewer (or more, where those did not fit); what was decided, in words. Raises `NothingFits`."""
@@ -102,7 +73,6 @@ class Sizing:
         parts = max(self._least_parts, min(session.most_parts, math.ceil(batch_rows / rows)))
         self._closed = parts >= session.parts
         if parts == session.parts and not first:
-            self.settle(high)
             return None
         session.parts = parts
         part = math.ceil(batch_rows / parts)
