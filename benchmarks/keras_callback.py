@@ -3,7 +3,7 @@
     python benchmarks/keras_callback.py [--only ROW]      # in an environment with delest[keras]
 
 A row is a model on a framework. Three processes make the same `fit`: with no callback, with one that records, and with one that also holds a budget in which the
-whole batch fits. They take a step each by turns, in another order each turn, so that all three meet the same moments of the machine: how many times as long a step takes is the median
+whole batch fits twice (less room costs more: what steps free goes back then). They take a step each by turns, in every order, so that all three meet the same moments of the machine: how many times as long a step takes is the median
 over turns, and over two such sets of processes. Then, in processes of their own, under a limit of the kernel's that is lowered until `fit` dies: the same fit with the callback. Limits are of two kinds. A memory cgroup counts what is resident, as containers do (it takes root
 to make one): the callback holds nine tenths of it. RLIMIT_DATA counts address space, of which libraries take more than they use: the callback holds half of what the fit took.
 """
@@ -11,6 +11,7 @@ to make one): the callback holds nine tenths of it. RLIMIT_DATA counts address s
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -93,12 +94,11 @@ def turns(framework: str, model: str) -> dict[str, Any]:
     for _ in range(SETS):
         with contextlib.ExitStack() as open_fits:
             fits = {way: open_fits.enter_context(stepping(framework, model, way)) for way in WAYS}
-            for turn in range(SKIPPED + STEPS):
-                for way in (*WAYS[turn % len(WAYS) :], *WAYS[: turn % len(WAYS)]):
-                    began = time.perf_counter()
-                    fits[way]("step")
+            for turn, order in zip(range(SKIPPED + STEPS), itertools.cycle(itertools.permutations(WAYS)), strict=False):
+                for way in order:
+                    seconds = float(fits[way]("step"))
                     if turn >= SKIPPED:
-                        steps[way].append(time.perf_counter() - began)
+                        steps[way].append(seconds)
             for way, fit in fits.items():
                 around[way].append(float(fit("end")))
     return {"steps_seconds": steps, "around_seconds": {way: statistics.median(found) for way, found in around.items()}}
@@ -106,7 +106,8 @@ def turns(framework: str, model: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def stepping(framework: str, model: str, way: str) -> Iterator[Callable[[str], str]]:
-    """A process that waits before each step of its `fit` to be told "step" or "end". What tells it gives its answer: once the next step can begin, once the fit has ended."""
+    """A process that waits before each step of its `fit` to be told "step" or "end". What tells it gives its answer: seconds of the step once the next can begin, those
+    that surrounded all steps once the fit has ended."""
     words = [sys.executable, __file__, "child", "steps", model, way]
     with (
         tempfile.TemporaryFile("w+") as said,
@@ -127,14 +128,16 @@ def stepping(framework: str, model: str, way: str) -> Iterator[Callable[[str], s
             return line.removeprefix("answer").strip()
 
         def tell(word: str) -> str:
-            print(word, file=given, flush=True)
+            with contextlib.suppress(BrokenPipeError):
+                print(word, file=given, flush=True)
             return answer()
 
         try:
             answer()
             yield tell
-        finally:
+        except BaseException:
             process.kill()
+            raise
 
 
 def steps(model: str, way: str) -> None:
@@ -145,23 +148,25 @@ def steps(model: str, way: str) -> None:
     place = ours.opened(model)
     x, y = ours.arrays(place)
     net = ours.compiled(place)
-    begun: list[float] = []
-    ended: list[float] = []
+    moments: list[float] = []  # of the fit's begin; when a step could begin and when it was told to, by turns
+    ended: list[float] = []  # when epochs had ended
 
     class Waits(keras.callbacks.Callback):  # type: ignore[misc]
         def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-            begun.append(time.perf_counter())
-            print("answer", flush=True)
+            moments.append(time.perf_counter())
+            print("answer", moments[-1] - moments[-2], flush=True)
             self.model.stop_training = input() == "end"
+            moments.append(time.perf_counter())
 
-        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             ended.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
         callbacks = [Waits(), *callback(way, Path(folder, "run"), AMPLE_BYTES)]
-        began = time.perf_counter()
+        moments.append(time.perf_counter())
         net.fit(x, y, batch_size=place.job.batch_size, epochs=SKIPPED + STEPS + 1, verbose=0, callbacks=callbacks)
-        print("answer", time.perf_counter() - ended[-1] + begun[0] - began, flush=True)
+        around = time.perf_counter() - ended[-1] + moments[1] - moments[0]
+    print("answer", around, flush=True)
 
 
 def callback(way: str, folder: Path, memory: int) -> list[Any]:

@@ -28,7 +28,7 @@ _FOLDERS = ("/usr/lib", "/usr/lib64", "/lib", "/usr/local/lib", f"/usr/lib/{plat
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3)
 _TRIM_THRESHOLD_BYTES, _MOST_MAPPINGS = 128 << 10, 65536  # its defaults
 _ALL_ARENAS = b"arena.4096.purge"  # jemalloc(3), MALLCTL_ARENAS_ALL
-_fixed = False  # this process's threshold, after it started
+_fixed = _kept = False  # this process's threshold, and what it frees, after it started
 
 
 def is_glibc() -> bool:
@@ -90,10 +90,10 @@ def is_tuned(variables: Mapping[str, str] = os.environ) -> bool:
 
 def fix_threshold() -> bool:
     """Fix the threshold in this process, for as long as it lives; False where its malloc has none."""
-    global _fixed
+    global _fixed, _kept
     if current() in LIBRARIES or not _mallopt(THRESHOLD_BYTES, _TRIM_THRESHOLD_BYTES):
         return False
-    _fixed = True
+    _fixed, _kept = True, False
     give_back()
     return True
 
@@ -103,18 +103,32 @@ def move_threshold() -> bool:
 
     For the two to be timed beside each other in one process, which glibc's own moving of it does not survive.
     """
-    global _fixed
+    global _fixed, _kept
     moved = current() not in LIBRARIES and _mallopt(_LARGEST_THRESHOLD_BYTES, 2 * _LARGEST_THRESHOLD_BYTES)
-    _fixed = _fixed and not moved
+    _fixed, _kept = _fixed and not moved, _kept and not moved
     return moved
 
 
 def keep_freed() -> bool:
-    """Keep all that is freed, blocks of any size, until `move_threshold`, `fix_threshold` or `give_back`: no page is cleared twice. False where that cannot be asked for."""
-    global _fixed
+    """Keep what is freed, large blocks too, until `move_threshold` or `fix_threshold`: no page is cleared twice. (In a heap of a thread's own blocks of 64 MiB and more are mapped
+    all the same.) What is free goes back before each fork, whose child has its own way. False where that cannot be asked for."""
+    global _fixed, _kept
     kept = current() not in LIBRARIES and _mallopt(_LARGEST_THRESHOLD_BYTES, -1, 0)
-    _fixed = _fixed and not kept
+    _fixed, _kept = _fixed and not kept, _kept or kept
     return kept
+
+
+def _before_fork() -> None:
+    if _kept:  # else both processes would have a copy of what is free, once it is used again
+        give_back()
+
+
+def _in_child() -> None:
+    if _kept:
+        move_threshold()
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_in_child)
 
 
 def give_back() -> None:

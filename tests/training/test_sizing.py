@@ -189,6 +189,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(malloc, "current", lambda: "glibc")
     for name, word in {"fix_threshold": "fixed", "keep_freed": "kept", "move_threshold": "moved"}.items():
         monkeypatch.setattr(malloc, name, lambda word=word: asked.append(word) or True)
+    monkeypatch.setattr(malloc, "give_back", lambda: asked.append("back") if asked and asked[-1] == "moved" else None)
     return asked
 
 
@@ -210,48 +211,85 @@ def stepped(session: Session, budget: int, peaks: list[int], monkeypatch: pytest
     return session
 
 
-def test_freed_blocks_are_kept_where_there_is_twice_the_room(kept: list[str], monkeypatch: pytest.MonkeyPatch):
-    for sized in (False, True):
-        stepped(Session(sized=sized), 4096 * MIB, [2000 * MIB] * 3, monkeypatch)
-        assert kept == ["kept", "moved"]  # which ends with the training
-        kept.clear()
-        stepped(Session(sized=sized), 4096 * MIB, [2100 * MIB] * 8 + [2000 * MIB], monkeypatch)  # that is not asked for ever
-        assert kept == []
-
-
-def test_scattered_blocks_are_given_back_until_there_is_twice_the_room(kept: list[str], monkeypatch: pytest.MonkeyPatch):
-    stepped(Scattering(parts=2), 4096 * MIB, [2100 * MIB, 2000 * MIB], monkeypatch)
-    assert kept == ["fixed", "kept", "moved"]
+@pytest.mark.parametrize("sized", [False, True])
+def test_freed_blocks_are_kept_where_there_is_twice_the_room(sized: bool, kept: list[str], monkeypatch: pytest.MonkeyPatch):
+    stepped(Session(sized=sized), 4096 * MIB, [2000 * MIB], monkeypatch)
+    assert kept == []  # the first step says too little
+    stepped(Session(sized=sized), 4096 * MIB, [2000 * MIB] * 3, monkeypatch)
+    assert kept == ["kept", "moved", "back"]  # which ends with the training
     kept.clear()
-    stepped(Scattering(), 4096 * MIB, [2100 * MIB], monkeypatch)
-    assert kept == ["fixed", "moved"]
-
-
-@pytest.mark.parametrize("variable", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX_"])
-def test_what_somebody_asked_of_malloc_stays(variable: str, kept: list[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv(variable, "1000000")
-    stepped(Scattering(), 4096 * MIB, [2000 * MIB], monkeypatch)
-    monkeypatch.delenv(variable)
-    monkeypatch.setattr(malloc, "current", lambda: "mmap")  # which a plan asked for
-    stepped(Session(sized=False), 4096 * MIB, [2000 * MIB], monkeypatch)
+    stepped(Session(sized=sized), 4096 * MIB, [2100 * MIB] * 8, monkeypatch)
     assert kept == []
 
 
-def test_a_step_that_fails_is_made_again_once_what_was_freed_is_given_back(kept: list[str], monkeypatch: pytest.MonkeyPatch):
-    session, position, failures = Session(sized=False), Position(), []
+def test_scattered_blocks_are_given_back_until_there_is_twice_the_room(kept: list[str], monkeypatch: pytest.MonkeyPatch):
+    stepped(Scattering(parts=2), 4096 * MIB, [2000 * MIB] * 2, monkeypatch)
+    assert kept == ["fixed", "kept", "moved", "back"]
+    kept.clear()
+    stepped(Scattering(), 4096 * MIB, [2100 * MIB] * 3, monkeypatch)
+    assert kept == ["fixed", "moved"]
+
+
+@pytest.mark.parametrize("variable", ["MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_"])
+def test_what_somebody_asked_of_malloc_stays(variable: str, kept: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(variable, "1000000")
+    stepped(Scattering(), 4096 * MIB, [2000 * MIB] * 3, monkeypatch)
+    monkeypatch.delenv(variable)
+    monkeypatch.setattr(malloc, "current", lambda: "mmap")  # which a plan asked for
+    stepped(Session(sized=False), 4096 * MIB, [2000 * MIB] * 3, monkeypatch)
+    assert kept == []
+
+
+def test_parts_that_an_interrupted_run_had_found_are_looked_at_themselves(
+    tmp_path: Path, kept: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    resident = machine.resident_bytes()
+    monkeypatch.setattr(machine, "resident_bytes", lambda: resident)
+    file, session, position = tmp_path / "decisions.jsonl", Scattering(parts=16), Position(step=1)
+    file.write_text(json.dumps({"kind": "split", "at": 1, "phase": "sizing", "parts": 1}) + "\n")
+    guard, decisions = Guard(session, session.rows, lambda text: None), Decisions(file, 0)
+    with guard.watching(resident + 4096 * MIB):
+        for expected in (["fixed"], ["fixed"], ["fixed", "kept"]):
+            monkeypatch.setattr(machine, "peak_resident_bytes", lambda: resident + 50 * MIB)
+            guard.attempt(lambda: None, decisions, position)
+            position.step += 1
+            assert (session.parts, kept) == (1, expected)
+
+
+@pytest.mark.parametrize("phase", ["forward", "optimizer"])
+def test_what_was_freed_is_given_back_after_a_step_that_fails(phase: str, kept: list[str], monkeypatch: pytest.MonkeyPatch):
+    session, position, failures, widened = Session(sized=False), Position(), [], []
     monkeypatch.setattr(machine, "peak_resident_bytes", machine.resident_bytes)
-    guard = Guard(session, session.rows, lambda text: None)
+    guard, begin_anew = Guard(session, session.rows, lambda text: None), limit.Limit.begin_anew
 
     def failing() -> int:
         if len(failures) < 2:
             failures.append(list(kept))
-            raise errors.OutOfMemory("forward", "planted")
+            guard._watch.highest_bytes = guard._watch.budget_bytes  # of what is kept
+            raise errors.OutOfMemory(phase, "planted")
         return session.parts
 
     with guard.watching(machine.resident_bytes() + 4096 * MIB):
-        guard.attempt(lambda: None, Decisions(None), position)
-        assert guard.attempt(failing, Decisions(None), position) == 2
-    assert failures == [["kept"], ["kept", "moved"]]
+        for _ in range(2):
+            guard.attempt(lambda: None, Decisions(None), position)
+        assert guard._watch is not None
+        monkeypatch.setattr(
+            limit.Limit, "begin_anew", lambda held, widen=False: widened.append(widen) or begin_anew(held, widen=widen)
+        )
+        if phase == "optimizer":  # its state may be half new
+            with pytest.raises(errors.OutOfMemory):
+                guard.attempt(failing, Decisions(None), position)
+        else:  # once more as it is, then in parts
+            assert guard.attempt(failing, Decisions(None), position) == 2
+            assert widened[0] is False
+    assert failures[0] == ["kept"]
+    assert kept == ["kept", "moved", "back"]
+
+
+def test_where_malloc_has_no_threshold_parts_are_made_smaller(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(malloc, "_mallopt", lambda *given: False)
+    monkeypatch.setattr(malloc, "current", lambda: "glibc")
+    assert near(Scattering(), lambda: 1100 * MIB, 3, freed=True) == [1, 2, 4]
 
 
 def near(
@@ -292,5 +330,5 @@ def test_a_run_that_goes_on_remembers_which_splits_were_in_vain(tmp_path: Path):
 def test_freed_blocks_are_given_back_before_parts_are_made_smaller(kept: list[str], monkeypatch: pytest.MonkeyPatch):
     resident = machine.resident_bytes
     monkeypatch.setattr(machine, "peak_resident_bytes", lambda: resident() + 50 * MIB)
-    assert near(Scattering(), lambda: (1100 if kept[-1] == "kept" else 900) * MIB, 4, freed=True) == [1, 1, 1, 1]
+    assert near(Scattering(), lambda: (1100 if kept[-1] == "kept" else 900) * MIB, 5, freed=True) == [1, 1, 1, 1, 1]
     assert kept == ["fixed", "kept", "fixed", "moved"]

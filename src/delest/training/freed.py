@@ -9,7 +9,7 @@ from __future__ import annotations
 from delest import malloc
 from delest.hardware import machine
 
-LOOKS = 5  # at steps that might have the room
+LOOKED_AT = 2  # whole steps with the parts that were found: the first still takes memory for what stays
 
 
 class Freed:
@@ -20,33 +20,42 @@ class Freed:
 
     def __init__(self, budget_bytes: int, *, scatters: bool):
         self._ours, self._budget_bytes = not malloc.is_tuned(), budget_bytes
-        self._idle_bytes, self._left = machine.resident_bytes(), LOOKS
-        self._scatters, self._kept = scatters, False
+        self._steps, self._kept = 0, False
+        self._scatters = scatters
         self._gone = scatters and self._ours and malloc.fix_threshold()
-
-    def settle(self, highest_bytes: int) -> None:
-        """After a step whose parts are found and took so much: keep what is freed if there is twice the room."""
-        if self._ours and self._left and not self._kept:
-            self._left -= 1
-            if self._budget_bytes - highest_bytes > highest_bytes - self._idle_bytes:
-                self._kept, self._gone = malloc.keep_freed(), False
+        malloc.give_back()
+        self._idle_bytes = machine.resident_bytes()
 
     @property
-    def wants(self) -> bool:
-        """Whether `settle` may still change something."""
-        return self._ours and self._left > 0 and not self._kept
+    def kept(self) -> bool:
+        """Whether what is freed stays resident."""
+        return self._kept
+
+    def stepped(self) -> None:
+        """After a step in the parts that were found: once, keep what is freed if there is twice the room that the process has taken so far."""
+        self._steps += 1
+        if self._ours and self._steps == LOOKED_AT:
+            highest = machine.peak_resident_bytes()
+            if self._budget_bytes - highest > highest - self._idle_bytes and malloc.keep_freed():
+                self._kept, self._gone = True, False
 
     def give_back(self) -> bool:
         """Where memory came to be short: have what is freed go back from here on; whether it did not, and does now."""
         if not self._ours or not (self._kept or (self._scatters and not self._gone)):
             return False
-        self._kept, self._left = False, 0
-        self._gone = malloc.fix_threshold() if self._scatters else not malloc.move_threshold()
+        self._steps = LOOKED_AT
+        kept, self._kept = self._kept, False
+        if self._scatters:
+            self._gone = malloc.fix_threshold()
+        else:
+            malloc.move_threshold()
         malloc.give_back()
-        return True
+        return kept or self._gone
 
     def close(self) -> None:
-        """Leave malloc as glibc would have it in this process."""
+        """Give back what is kept, and leave malloc as glibc has it in a process that allocates large blocks."""
         if self._kept or self._gone:
             malloc.move_threshold()
-            self._kept = self._gone = False
+        if self._kept:
+            malloc.give_back()
+        self._kept = self._gone = False

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delest import errors
-from delest.hardware import machine
 from delest.training import limit
 from delest.training.freed import Freed
 from delest.training.growth import Growth, GrowthWatch
@@ -141,19 +140,20 @@ class Guard:
                 failure = _failure(error, evaluating)
             else:
                 if not evaluating:
+                    parts = self.session.parts
                     self._size(sizing, decisions, position)
-                    if not small:
-                        self._settle(position)
+                    if self._freed is not None and parts == self.session.parts and sizing is None and not small:
+                        self._freed.stepped()
                     self._look_for_growth(decisions, position)
                 return result
+            given = self._give_back_freed()
             if failure.harmful:
                 raise errors.OutOfMemory(failure.phase, failure.detail, failure.begun)
-            self._give_back_freed()
             again = self.session.parts not in tried and self._was_address_space(failure)
             tried.add(self.session.parts)
             if not again:
                 self.split(decisions, position, failure)
-            self._watch.begin_anew(widen=again)
+            self._watch.begin_anew(widen=again and not given)  # what was given back is in the data that the limit counts
             self._change_thread()
 
     def _size(self, sizing: Sizing | None, decisions: Decisions, position: Position) -> None:
@@ -173,12 +173,6 @@ class Guard:
         position.parts, position.decisions = self.session.parts, decisions.count
         assert self._watch is not None
         self._watch.highest_bytes = 0  # of the parts before
-
-    def _settle(self, position: Position) -> None:
-        """Have what steps free kept where there is room, once their parts are found."""
-        found = self._sizing is None or not self._sizing.wants(position.step + 1)
-        if self._freed is not None and self._freed.wants and found:
-            self._freed.settle(machine.peak_resident_bytes())
 
     def _give_back_freed(self) -> bool:
         """Have what steps free go back from here on; whether it did not, so that there may be room now."""
@@ -212,10 +206,10 @@ class Guard:
         failure = _Failure("reading", str(error))
         if self._watch is None:
             raise error
-        self._give_back_freed()
+        given = self._give_back_freed()
         if not self._was_address_space(failure):
             raise self._too_small(failure)
-        self._watch.begin_anew(widen=True)
+        self._watch.begin_anew(widen=not given)
 
     def make_room(self) -> None:
         """Before something other than a step that takes memory: what steps have freed is given back, and the limit set for what is left."""
@@ -327,7 +321,8 @@ class Guard:
         assert self._growth is not None
         assert self._watch is not None
         found = self._growth.stepped(self._watch.resident_bytes())
-        if found is not None:
+        unseen = found is not None and found.owner is None and self._freed is not None and self._freed.kept
+        if found is not None and not unseen:  # what is kept comes into use bit by bit
             why = _growth_words(found)
             self._owner = f" {why[0].upper()}{why[1:]}."
             decisions.notice("growth", position.step, why=why, bytes_per_step=found.bytes_per_step)
