@@ -5,7 +5,7 @@
 A row is a model on a framework. Three processes make the same `fit`: with no callback, with one that records, and with one that also holds a budget in which the
 whole batch fits twice (less room costs more: what steps free goes back then). They take a step each by turns, in every order, so that all three meet the same moments of the machine: how many times as long a step takes is the median
 over turns, and over two such sets of processes. Then, in processes of their own, under a limit of the kernel's that is lowered until `fit` dies: the same fit with the callback. Limits are of two kinds. A memory cgroup counts what is resident, as containers do (it takes root
-to make one): the callback holds nine tenths of it. RLIMIT_DATA counts address space, of which libraries take more than they use: the callback holds half of what the fit took.
+to make one): the callback holds nine tenths of it. RLIMIT_DATA counts address space, of which libraries take more than they use: the callback holds six tenths of what the fit took.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def under_limit(framework: str, model: str, kind: str, taken: int) -> dict[str, 
     for share in LIMITS[kind]:
         room = int(share * taken)
         if child(framework, "limited", model, "fit", kind, str(room), "0") is None:
-            memory = int(0.9 * room) if kind == "cgroup" else taken // 2
+            memory = int(0.9 * room) if kind == "cgroup" else int(0.6 * taken)
             held = child(framework, "limited", model, "guarded", kind, str(room), str(memory))
             return {"room_bytes": room, "memory_bytes": memory, "held": held}
     return None

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from delest import errors, storage
+from delest import errors, malloc, storage
 from delest.backends.torch.session import TorchSession
 from delest.data import Feed, fit_preprocessing, open_source
 from delest.hardware import machine
@@ -125,6 +125,15 @@ def test_without_a_budget_no_limit_is_set_and_after_training_it_is_lifted(tmp_pa
         assert decisions(tmp_path / str(memory)) == []
     assert seen[0] == before
     assert seen[-1] != before
+
+
+def test_without_a_budget_what_steps_free_is_kept_until_training_ends(tmp_path, monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(malloc, "is_tuned", lambda: False)
+    for name in ("keep_freed", "move_threshold"):
+        monkeypatch.setattr(malloc, name, lambda name=name: asked.append(name) or True)
+    trainer(tmp_path, model=small).train()
+    assert asked == ["keep_freed", "move_threshold"]
 
 
 def small() -> nn.Module:

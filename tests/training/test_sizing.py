@@ -97,6 +97,29 @@ def test_a_budget_that_no_part_keeps_is_named_with_what_would_do(monkeypatch: py
         sized(Session(), 210 * MIB, monkeypatch)
 
 
+def test_small_parts_that_came_just_below_the_budget_stay(monkeypatch: pytest.MonkeyPatch):
+    session = Session(a_row=MIB // 64)  # 200 MiB and an eighth by 8 rows, of which fewer would save nothing
+    assert sized(session, 210 * MIB, monkeypatch) == [16, 8, 8]
+    assert session.peak() < 210 * MIB
+
+
+def test_without_a_budget_freed_blocks_are_kept_where_the_machine_has_room(kept: list[str], monkeypatch: pytest.MonkeyPatch):
+    resident, free = machine.resident_bytes(), machine.describe().available_bytes
+    monkeypatch.setattr(machine, "resident_bytes", lambda: resident)
+    for peak, keeping, expected in (
+        (free // 3, True, ["kept", "moved", "back"]),
+        (2 * free // 3, True, []),
+        (free // 3, False, []),
+    ):
+        monkeypatch.setattr(machine, "peak_resident_bytes", lambda peak=peak: resident + peak)
+        guard = Guard(Session(sized=False), 64, lambda text: None)
+        with guard.watching(None, keeping=keeping):
+            for _ in range(3):
+                guard.attempt(lambda: None, Decisions(None), Position(), rows=64)
+        assert kept == expected
+        kept.clear()
+
+
 def guarded(folder: Path, session: Session, position: Position, steps: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Parts of steps from `position` on."""
     monkeypatch.setattr(machine, "peak_resident_bytes", session.peak)

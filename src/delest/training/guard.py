@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from delest import errors
+from delest.hardware import machine
 from delest.training import limit
 from delest.training.freed import Freed
 from delest.training.growth import Growth, GrowthWatch
@@ -73,13 +74,20 @@ class Guard:
         self._told, self._eased = False, list[int]()  # what was resident at each split for closeness alone
 
     @contextlib.contextmanager
-    def watching(self, budget_bytes: int | None) -> Iterator[None]:
-        """Guard a budget of resident bytes while the context is open; None guards nothing.
+    def watching(self, budget_bytes: int | None, *, keeping: bool = False) -> Iterator[None]:
+        """Guard a budget of resident bytes while the context is open; None guards nothing. With `keeping` what steps free is then kept all the same, where the
+        machine has twice the room.
 
         Raises `NothingFits` where memory ran out outside a step, as when a batch was read.
         """
         if budget_bytes is None:
-            yield
+            if keeping:
+                room = machine.describe().available_bytes + machine.resident_bytes()
+                self._freed = Freed(room, scatters=False)
+            try:
+                yield
+            finally:
+                self._leave_malloc()
             return
         self.budget_bytes, self._growth = budget_bytes, GrowthWatch(budget_bytes)
         with limit.held(budget_bytes) as self._watch:
@@ -97,8 +105,7 @@ class Guard:
                 raise self._too_small(_Failure("reading", str(error))) from None
             finally:
                 self._watch = None
-                if self._freed is not None:
-                    self._freed.close()
+                self._leave_malloc()
                 if self._thread is not None:
                     self._thread.shutdown()
                     self._thread = None
@@ -121,12 +128,15 @@ class Guard:
             for line in decisions.earlier:
                 self._note_split(line)
         self.follow(decisions, position, evaluating=evaluating)
+        small = rows is not None and rows < self.batch_size  # the last of an epoch, which says nothing of whole batches
         if self._watch is None:
-            return work()
+            result = work()
+            if self._freed is not None and not evaluating and not small:
+                self._freed.stepped()
+            return result
         if not evaluating:
             self._ease(decisions, position)
         sizing = self._sizing
-        small = rows is not None and rows < self.batch_size  # the last of an epoch, which says nothing of whole batches
         if evaluating or small or sizing is None or not sizing.wants(position.step):
             sizing = None
         tried: set[int] = set()  # parts
@@ -173,6 +183,11 @@ class Guard:
         position.parts, position.decisions = self.session.parts, decisions.count
         assert self._watch is not None
         self._watch.highest_bytes = 0  # of the parts before
+
+    def _leave_malloc(self) -> None:
+        if self._freed is not None:
+            self._freed.close()
+            self._freed = None
 
     def _give_back_freed(self) -> bool:
         """Have what steps free go back from here on; whether it did not, so that there may be room now."""

@@ -65,11 +65,14 @@ class Sizing:
         a_row = slope * (1 + (FIRST_MARGIN if first else MARGIN))
         room = self.budget_bytes - MARGIN_BYTES - getattr(session, "batch_bytes", 0) - high  # one more batch may be read ahead
         smallest = high - math.floor(slope * (1 + MARGIN) * (more - least))
-        if first and smallest + MARGIN_BYTES > self.budget_bytes:
+        tight = first and smallest + MARGIN_BYTES > self.budget_bytes
+        if tight and high > self.budget_bytes:
             why = f"steps on {few} and {more} rows came to {format_bytes(low)} and {format_bytes(high)}"
             raise too_small(self.budget_bytes, smallest + MARGIN_BYTES, why, "", self.option)
         rows = batch_rows if a_row == 0 and room > 0 else more + math.floor(room / max(1.0, a_row))
-        rows = max(least, min(rows, (FIRST_LEAP if first else LEAP) * more))
+        rows = (
+            more if tight else max(least, min(rows, (FIRST_LEAP if first else LEAP) * more))
+        )  # fewer would save next to nothing
         parts = max(self._least_parts, min(session.most_parts, math.ceil(batch_rows / rows)))
         self._closed = parts >= session.parts
         if parts == session.parts and not first:
