@@ -131,6 +131,21 @@ def _in_child() -> None:
 os.register_at_fork(before=_before_fork, after_in_child=_in_child)
 
 
+def free_bytes() -> int:
+    """What malloc holds of the heap that no block takes, resident or not; 0 where it does not say (glibc 2.33 and later do, mallinfo2(3))."""
+    told = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if told is None or current() in LIBRARIES:
+        return 0
+    told.restype = _Told
+    return int(told().free)
+
+
+class _Told(ctypes.Structure):
+    """mallinfo2's answer: ten sizes, of which the ninth is free."""
+
+    _fields_ = (("before", ctypes.c_size_t * 8), ("free", ctypes.c_size_t), ("top", ctypes.c_size_t))
+
+
 def give_back() -> None:
     """Have malloc give back to the system what is free; other C libraries keep theirs."""
     this = ctypes.CDLL(None)

@@ -309,6 +309,28 @@ def test_what_was_freed_is_given_back_after_a_step_that_fails(phase: str, kept: 
     assert kept == ["kept", "moved", "back"]
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_where_memory_was_short_once_nothing_is_kept(
+    resumed: bool, tmp_path: Path, kept: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    session, failures = Session(sized=False), [] if resumed else ["forward"]
+    monkeypatch.setattr(machine, "peak_resident_bytes", machine.resident_bytes)
+    file, position = tmp_path / "decisions.jsonl", Position()
+    if resumed:
+        file.write_text(json.dumps({"kind": "split", "at": 0, "phase": "forward", "parts": 2, "why": ""}) + "\n")
+    guard, decisions = Guard(session, session.rows, lambda text: None), Decisions(file, 0)
+
+    def step() -> None:
+        if failures:
+            raise errors.OutOfMemory(failures.pop(), f"you tried to allocate {1 << 40} bytes.")
+
+    with guard.watching(machine.resident_bytes() + 4096 * MIB):
+        for _ in range(4):
+            guard.attempt(step, decisions, position)
+            position.step += 1
+    assert (session.parts, kept) == (2, [])
+
+
 def test_where_malloc_has_no_threshold_parts_are_made_smaller(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(malloc, "_mallopt", lambda *given: False)
     monkeypatch.setattr(malloc, "current", lambda: "glibc")

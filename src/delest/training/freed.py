@@ -40,10 +40,10 @@ class Freed:
                 self._kept, self._gone = True, False
 
     def give_back(self) -> bool:
-        """Where memory came to be short: have what is freed go back from here on; whether it did not, and does now."""
+        """Where memory came to be short: have what is freed go back from here on, for good; whether it did not, and does now."""
+        self._steps = LOOKED_AT
         if not self._ours or not (self._kept or (self._scatters and not self._gone)):
             return False
-        self._steps = LOOKED_AT
         kept, self._kept = self._kept, False
         if self._scatters:
             self._gone = malloc.fix_threshold()

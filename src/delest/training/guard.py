@@ -242,6 +242,7 @@ class Guard:
             self.session.parts = max(self.session.parts, line["parts"])
             position.decisions, followed = decisions.count, True
             self.keep_parts()
+            self._give_back_freed()
         return followed
 
     def keep_parts(self) -> None:

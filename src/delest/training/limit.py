@@ -14,7 +14,7 @@ import resource
 import threading
 from collections.abc import Iterator
 
-from delest import errors
+from delest import errors, malloc
 from delest.hardware.machine import Gauge, data_and_resident_bytes, give_back_unused, share_one_heap
 from delest.units import format_bytes
 
@@ -118,11 +118,14 @@ class Limit:
             self._set(None)
 
     def begin_anew(self, *, widen: bool = False) -> None:
-        """Free what can be freed. With `widen` the limit is set for what is resident now, else it stays as tight as it was: what
-        is given back here comes into use again without being asked for."""
+        """Free what can be freed. With `widen` the limit is set for what is resident then, else it stays as tight as it was: what
+        is given back here comes into use again without being asked for, and so does what is free in the heap."""
         gc.collect()
-        self._read(widen=widen)
+        if not widen:
+            self._read(widen=False)
         give_back_unused()
+        if widen:
+            self._read(widen=True, unasked_bytes=malloc.free_bytes())
         self.highest_bytes, self._near_bytes, self._wait = 0, 0, LEAST_SECONDS
 
     def resident_bytes(self) -> int:
@@ -170,12 +173,13 @@ class Limit:
             self.highest_bytes, self._near_bytes = max(self.highest_bytes, highest), max(self._near_bytes, highest)
             self._wait = next_wait(self._wait, self.budget_bytes - self._near_bytes)
 
-    def _read(self, *, widen: bool) -> int:
-        """The most that was resident since the last reading, as far as is known; the limit follows what is resident now."""
+    def _read(self, *, widen: bool, unasked_bytes: int = 0) -> int:
+        """The most that was resident since the last reading, as far as is known; the limit follows what is resident now, and leaves room for
+        what comes into use again unasked."""
         with self._lock:
             resident, peak, data = self._gauge.sizes()
             if data is not None:  # else a system that does not count data: watched only
-                limit = max(0, data + self.budget_bytes - MARGIN_BYTES - resident)
+                limit = max(0, data + self.budget_bytes - MARGIN_BYTES - resident - unasked_bytes)
                 if not (self._off or self._only_watched) and (widen or self._limit is None or limit < self._limit):
                     self._set(limit)
             before, self._peak_bytes = self._peak_bytes, peak
