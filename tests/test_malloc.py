@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -72,6 +73,26 @@ def test_the_threshold_can_be_fixed_and_moved_while_a_process_runs():
     moved = held("fix_threshold", "move_threshold")
     assert moved[:2] == ("glibc", "glibc")
     assert moved[2] > 35 << 20
+
+
+FREE = """
+import ctypes
+from delest import malloc
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+malloc.move_threshold()
+before, blocks = malloc.free_bytes(), [libc.malloc(8 << 20) for _ in range(4)]
+for block in blocks[:-1]:
+    libc.free(block)
+print(malloc.free_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this system's malloc does not say what is free")
+def test_what_is_free_in_the_heap_is_told():
+    found = int(subprocess.run([sys.executable, "-c", FREE], env=clean(), capture_output=True, text=True, check=True).stdout)
+    assert 23 << 20 <= found <= 25 << 20
 
 
 TOUCHED = """

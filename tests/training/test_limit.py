@@ -40,6 +40,18 @@ def test_one_that_is_open_already_goes_on():
 
 
 @pytest.mark.own_process
+def test_what_is_free_in_the_heap_is_no_room(monkeypatch):
+    with limit.held(above(1 << 30)) as hold:
+        assert hold is not None
+        found = []
+        for free in (0, 300 << 20, 300 << 20):  # the third time it is as it was, not tighter again
+            monkeypatch.setattr(limit.malloc, "free_bytes", lambda free=free: free)
+            hold.begin_anew(widen=True)
+            found.append(resource.getrlimit(resource.RLIMIT_DATA)[0])
+    assert found[0] - found[1] == pytest.approx(300 << 20, abs=20 << 20)
+    assert found[2] == pytest.approx(found[1], abs=20 << 20)
+
+
 def test_whether_a_limit_leaves_room_for_threads_is_known():
     before, data = resource.getrlimit(resource.RLIMIT_DATA), machine.data_and_resident_bytes()[0]
     assert limit.has_room_for_threads()

@@ -281,9 +281,9 @@ def test_parts_that_an_interrupted_run_had_found_are_looked_at_themselves(
 
 @pytest.mark.parametrize("phase", ["forward", "optimizer"])
 def test_what_was_freed_is_given_back_after_a_step_that_fails(phase: str, kept: list[str], monkeypatch: pytest.MonkeyPatch):
-    session, position, failures, widened = Session(sized=False), Position(), [], []
+    session, position, failures = Session(sized=False), Position(), []
     monkeypatch.setattr(machine, "peak_resident_bytes", machine.resident_bytes)
-    guard, begin_anew = Guard(session, session.rows, lambda text: None), limit.Limit.begin_anew
+    guard = Guard(session, session.rows, lambda text: None)
 
     def failing() -> int:
         if len(failures) < 2:
@@ -295,16 +295,11 @@ def test_what_was_freed_is_given_back_after_a_step_that_fails(phase: str, kept: 
     with guard.watching(machine.resident_bytes() + 4096 * MIB):
         for _ in range(2):
             guard.attempt(lambda: None, Decisions(None), position)
-        assert guard._watch is not None
-        monkeypatch.setattr(
-            limit.Limit, "begin_anew", lambda held, widen=False: widened.append(widen) or begin_anew(held, widen=widen)
-        )
         if phase == "optimizer":  # its state may be half new
             with pytest.raises(errors.OutOfMemory):
                 guard.attempt(failing, Decisions(None), position)
         else:  # once more as it is, then in parts
             assert guard.attempt(failing, Decisions(None), position) == 2
-            assert widened[0] is False
     assert failures[0] == ["kept"]
     assert kept == ["kept", "moved", "back"]
 

@@ -1,6 +1,6 @@
 """What malloc does with the blocks that a run's steps free.
 
-The system clears every page that it gives a process anew: where blocks go back to it at each step, up to a fifth of the step is lost to that. So they are kept where there is twice
+The system clears every page that it gives a process anew: where blocks go back to it at each step, up to a third of the step is lost to that. So they are kept where there is twice
 the room that steps take. TensorFlow's threads free large blocks in heaps of their own, where they are no room for each other: there, within a budget, blocks go back from the start until such room is seen.
 """
 

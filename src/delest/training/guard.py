@@ -156,14 +156,14 @@ class Guard:
                         self._freed.stepped()
                     self._look_for_growth(decisions, position)
                 return result
-            given = self._give_back_freed()
+            self._give_back_freed()
             if failure.harmful:
                 raise errors.OutOfMemory(failure.phase, failure.detail, failure.begun)
             again = self.session.parts not in tried and self._was_address_space(failure)
             tried.add(self.session.parts)
             if not again:
                 self.split(decisions, position, failure)
-            self._watch.begin_anew(widen=again and not given)  # what was given back is in the data that the limit counts
+            self._watch.begin_anew(widen=again)
             self._change_thread()
 
     def _size(self, sizing: Sizing | None, decisions: Decisions, position: Position) -> None:
@@ -221,10 +221,10 @@ class Guard:
         failure = _Failure("reading", str(error))
         if self._watch is None:
             raise error
-        given = self._give_back_freed()
+        self._give_back_freed()
         if not self._was_address_space(failure):
             raise self._too_small(failure)
-        self._watch.begin_anew(widen=not given)
+        self._watch.begin_anew(widen=True)
 
     def make_room(self) -> None:
         """Before something other than a step that takes memory: what steps have freed is given back, and the limit set for what is left."""
