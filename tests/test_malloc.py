@@ -89,6 +89,39 @@ print(malloc.free_bytes() - before)
 """
 
 
+HEAPS = """
+import threading
+from delest import malloc
+from delest.hardware.machine import share_one_heap
+from delest.training.guard import _started
+
+found, asked, done = [malloc.has_main_heap()], threading.Semaphore(0), threading.Event()
+
+def other():
+    found.append(malloc.has_main_heap())
+    asked.release()
+    done.wait()
+
+threads = [threading.Thread(target=other) for _ in range(3)]
+for thread in threads:
+    thread.start()
+    asked.acquire()
+share_one_heap()
+found.append(_started().submit(malloc.has_main_heap).result())
+done.set()
+for thread in threads:
+    thread.join()
+found.append(_started().submit(malloc.has_main_heap).result())
+print(*found)
+"""
+
+
+@needs_glibc
+def test_the_guard_goes_on_in_a_thread_that_has_the_main_heap():
+    done = subprocess.run([sys.executable, "-c", HEAPS], env=clean(), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "False", "False", "True", "True"]
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="this system's malloc does not say what is free")
 def test_what_is_free_in_the_heap_is_told():
     found = int(subprocess.run([sys.executable, "-c", FREE], env=clean(), capture_output=True, text=True, check=True).stdout)

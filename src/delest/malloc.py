@@ -27,6 +27,8 @@ _THRESHOLD_VARIABLE, _TUNABLE = "MALLOC_MMAP_THRESHOLD_", "glibc.malloc.mmap_thr
 _FOLDERS = ("/usr/lib", "/usr/lib64", "/lib", "/usr/local/lib", f"/usr/lib/{platform.machine()}-linux-gnu")
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of mallopt(3)
 _TRIM_THRESHOLD_BYTES, _MOST_MAPPINGS = 128 << 10, 65536  # its defaults
+_BEYOND_CACHES_BYTES = 16 << 10  # of a block that no thread's cache has
+_NOT_MAIN_HEAP = 4  # in the word before a block (glibc's malloc.c: NON_MAIN_ARENA)
 _ALL_ARENAS = b"arena.4096.purge"  # jemalloc(3), MALLCTL_ARENAS_ALL
 _fixed = _kept = False  # this process's threshold, and what it frees, after it started
 
@@ -138,6 +140,21 @@ def free_bytes() -> int:
         return 0
     told.restype = _Told
     return int(told().free)
+
+
+def has_main_heap() -> bool:
+    """Whether this thread takes its blocks from the heap of the process's first thread; True where malloc is not glibc's. Else it has one of its own, and what is free in either
+    is no room for the other."""
+    if not is_glibc() or current() in LIBRARIES:
+        return True
+    this = ctypes.CDLL(None)
+    this.malloc.restype, this.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+    block = this.malloc(ctypes.c_size_t(_BEYOND_CACHES_BYTES))
+    if not block:
+        return True
+    sizes = ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value
+    this.free(block)
+    return not sizes & _NOT_MAIN_HEAP
 
 
 class _Told(ctypes.Structure):

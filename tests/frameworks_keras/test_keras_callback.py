@@ -15,8 +15,9 @@ import pytest
 
 keras = pytest.importorskip("keras", reason="`make test-keras` runs this test where Keras is installed")
 
-from delest import errors  # noqa: E402
+from delest import errors, malloc  # noqa: E402
 from delest.frameworks.keras.callback import DelestCallback  # noqa: E402
+from delest.hardware import machine  # noqa: E402
 from delest.records.plan import Choice, Plan  # noqa: E402
 from delest.training import limit  # noqa: E402
 
@@ -74,6 +75,16 @@ def test_it_writes_a_run_folder_and_changes_nothing(tmp_path: Path):
     assert run["versions"].keys() >= {"keras", ON}
     assert "loss" in run["validation"]
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+def test_what_steps_free_is_kept_until_the_fit_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    monkeypatch.setattr(malloc, "is_tuned", lambda: False)
+    monkeypatch.setattr(machine, "peak_resident_bytes", machine.resident_bytes)
+    for name in ("keep_freed", "move_threshold"):
+        monkeypatch.setattr(malloc, name, lambda name=name: asked.append(name) or True)
+    fit(model(), DelestCallback(out=tmp_path / "run"))
+    assert asked == ["keep_freed", "move_threshold"]
 
 
 def test_a_second_fit_wants_a_folder_of_its_own(tmp_path: Path):

@@ -95,8 +95,7 @@ class Hook:
         }
         versions = {"torch": torch.__version__, **versions}
         self.record = Record(self.wishes.out, job, self.wishes.followed, batches, versions)
-        self.guard = Guard(self.steps, 1, self.record.note)
-        self.guard.option = "memory="
+        self.guard = Guard(self.steps, 1, self.record.note, option="memory=")
         for line in self.applied.changes:
             self.record.note(line)
         self._open.enter_context(self.guard.watching(self.budget_bytes))

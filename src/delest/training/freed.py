@@ -26,6 +26,11 @@ class Freed:
         malloc.give_back()
         self._idle_bytes = machine.resident_bytes()
 
+    @classmethod
+    def of_machine(cls) -> Freed:
+        """That of a run without a budget, which has what is free on the machine."""
+        return cls(machine.describe().available_bytes + machine.resident_bytes(), scatters=False)
+
     @property
     def kept(self) -> bool:
         """Whether what is freed stays resident."""

@@ -15,8 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from delest import errors
-from delest.hardware import machine
+from delest import errors, malloc
 from delest.training import limit
 from delest.training.freed import Freed
 from delest.training.growth import Growth, GrowthWatch
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 NEAR_BYTES = 8 << 20  # below the budget: what only the margin holds back
 RISEN_BYTES = 64 << 20  # beyond what was resident when splits did not help: another reason, for which they may
 PATIENCE = 10  # steps between two splits for closeness alone: the first must show its effect
+MOST_STARTED = 16  # threads, until one has the main heap: glibc gives heaps out by turns
 SPARED = 8  # times in a run that a step is tried again as it is
 Result = TypeVar("Result")
 
@@ -57,12 +57,10 @@ class _Failure:
 
 
 class Guard:
-    """Watches one run's memory. Without a budget it lets everything through, and follows what an earlier part decided."""
+    """Watches one run's memory. Without a budget it lets everything through, and follows what an earlier part decided. `option` is how a larger budget is asked for."""
 
-    option = "--memory "  # how a larger budget is asked for
-
-    def __init__(self, session: Splits, batch_size: int, note: Callable[[str], None]):
-        self.session, self.batch_size, self.note = session, batch_size, note
+    def __init__(self, session: Splits, batch_size: int, note: Callable[[str], None], *, option: str = "--memory "):
+        self.session, self.batch_size, self.note, self.option = session, batch_size, note, option
         self.budget_bytes: int | None = None
         self._watch: limit.Limit | None = None
         self._growth: GrowthWatch | None = None
@@ -74,16 +72,13 @@ class Guard:
         self._told, self._eased = False, list[int]()  # what was resident at each split for closeness alone
 
     @contextlib.contextmanager
-    def watching(self, budget_bytes: int | None, *, keeping: bool = False) -> Iterator[None]:
-        """Guard a budget of resident bytes while the context is open; None guards nothing. With `keeping` what steps free is then kept all the same, where the
-        machine has twice the room.
+    def watching(self, budget_bytes: int | None) -> Iterator[None]:
+        """Guard a budget of resident bytes while the context is open; None guards nothing, but keeps what steps free where the machine has the room.
 
         Raises `NothingFits` where memory ran out outside a step, as when a batch was read.
         """
         if budget_bytes is None:
-            if keeping:
-                room = machine.describe().available_bytes + machine.resident_bytes()
-                self._freed = Freed(room, scatters=False)
+            self._freed = Freed.of_machine()
             try:
                 yield
             finally:
@@ -205,12 +200,9 @@ class Guard:
             self._thread = None
         with self._watch.lifted():
             if limit.has_room_for_threads():
-                self._thread = ThreadPoolExecutor(1, "memory-guard-work")
-                try:
+                self._thread = _started()
+                if self._thread is not None:
                     self._thread.submit(self.session.warm).result()
-                except RuntimeError:  # a limit on the number of threads
-                    self._thread.shutdown()
-                    self._thread = None
         self._watch.begin_anew()  # what the thread took for itself and uses is no room
 
     def read_again(self, error: MemoryError) -> None:
@@ -352,6 +344,21 @@ class Guard:
         how = failure.detail if failure.phase == "training" else f"memory ran out in the {failure.phase} phase{asked}"
         why = f"{how}, with {least} row{'s' * (least > 1)} at a time"
         return too_small(budget, highest + max(failure.asked_bytes, MARGIN_BYTES), why, self._owner, self.option)
+
+
+def _started() -> ThreadPoolExecutor | None:
+    """A thread, on the main thread's heap if one can be had; None where none can be started."""
+    threads = list[ThreadPoolExecutor]()
+    try:
+        while True:
+            threads.append(ThreadPoolExecutor(1, "memory-guard-work"))
+            if threads[-1].submit(malloc.has_main_heap).result() or len(threads) == MOST_STARTED:
+                return threads.pop()
+    except RuntimeError:  # a limit on the number of threads
+        return None
+    finally:
+        for thread in threads:
+            thread.shutdown()
 
 
 def _failure(error: errors.OutOfMemory | MemoryError, evaluating: bool) -> _Failure:

@@ -127,7 +127,7 @@ class Trainer:
         """
         self.progress.training_started(self.position.total_steps, self.position.step)
         try:
-            with self.signals.watched(), self.guard.watching(self.limits.memory_bytes, keeping=True):
+            with self.signals.watched(), self.guard.watching(self.limits.memory_bytes):
                 self._train()
         finally:
             self.progress.training_finished()

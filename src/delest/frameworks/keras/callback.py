@@ -20,6 +20,7 @@ from delest.frameworks.keras import KerasBackend
 from delest.frameworks.keras.fitting import FitSteps, batch_of, check_budget, faults_in_fit, iterator_of_fit, rate_of
 from delest.frameworks.record import Record
 from delest.records.plan import Plan
+from delest.training.freed import Freed
 from delest.training.guard import Guard
 
 
@@ -60,16 +61,15 @@ class DelestCallback(keras.callbacks.Callback):
         if iterator is not None:  # which ends with the fit: callbacks are not told of errors
             self._open.callback(weakref.finalize(iterator, self.close, RuntimeError("fit did not come to its end")).detach)
         if given.acts:
-            self._take_over()
+            self._take_over(self.record)
+        else:
+            self._freed = self._open.enter_context(contextlib.closing(Freed.of_machine()))
 
-    def _take_over(self) -> None:
+    def _take_over(self, record: Record) -> None:
         """Put our steps in place of the model's own, until training ends."""
-        assert self.record is not None
-        model, plan = self.model, self.wishes.plan
-        bf16 = plan is not None and plan.config("precision") is not None
-        self.steps = FitSteps(model, plan.micro_batch if plan is not None else None, bf16=bf16)
-        self.guard = Guard(self.steps, 1, self.record.note)
-        self.guard.option = "memory="
+        model = self.model
+        self.steps = self._open.enter_context(contextlib.closing(FitSteps(model, self.wishes.plan)))
+        self.guard = Guard(self.steps, 1, record.note, option="memory=")
         before = {name: getattr(model, name) for name in ("train_function", "test_function")}
         make_test_function = model.make_test_function
 
@@ -120,6 +120,8 @@ class DelestCallback(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self.record is not None:
+            if not self.wishes.acts:
+                self._freed.stepped()
             self._seen += 1
             steps = self.params.get("steps") or math.inf
             self.record.stepped(
@@ -145,6 +147,4 @@ class DelestCallback(keras.callbacks.Callback):
             return
         self._open.close()
         rows, parts = max(1, self._rows), self.steps.parts if self.wishes.acts else 1
-        if self.wishes.acts:
-            self.steps.close()
         record.finish(rows, math.ceil(rows / parts), self.model.count_params(), error)

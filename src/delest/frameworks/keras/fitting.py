@@ -23,14 +23,16 @@ METHODS = ("precision", "micro_batch")  # of a plan, that a `fit` under way can 
 
 
 class FitSteps:
-    """What the memory guard takes for its session. `rows` is the largest part, None: whole batches; with `bf16` layers compute in it in training."""
+    """What the memory guard takes for its session. Of a plan it follows `micro_batch`, the largest part, and `precision`, in which layers compute in training."""
 
-    def __init__(self, model: keras.Model, rows: int | None = None, *, bf16: bool = False):
-        self.model, self.parts, self.batch_rows, self._rows = model, 1, 1, rows
+    def __init__(self, model: keras.Model, plan: Plan | None = None):
+        self.model, self.parts, self.batch_rows = model, 1, 1
+        self._rows = None if plan is None else plan.micro_batch
         self.batch_bytes = 0
         self.sized, self.scatters = not engines.survives_failed_allocation(), engines.scatters_freed_blocks()
         normalised = any(isinstance(layer, keras.layers.BatchNormalization) for layer in layers_of(model))
         self.least_rows = 2 if normalised else 1
+        bf16 = plan is not None and plan.config("precision") is not None
         self._engine = engines.choose(model, model.optimizer, self._judged, None, bf16=bf16)
         self._results: Callable[[], Any] = engines.compiled(model.get_metrics_result)
 
