@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import resource
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from delest.hardware import machine
 from delest.job import Job, Recipe
 from delest.metrics import named
 from delest.records.plan import Plan
-from delest.training.guard import MARGIN_BYTES
+from delest.training.guard import MARGIN_BYTES, MOST_STARTED, _started
 from delest.training.loop import Limits, Trainer
 
 MIB = 1 << 20
@@ -294,3 +295,25 @@ def test_a_leak_is_named_once_and_the_run_goes_on(tmp_path, step, owner):
 def test_a_run_that_does_not_leak_is_not_accused(tmp_path):
     trainer(tmp_path, memory=PLENTY, model=small, epochs=80).train()
     assert decisions(tmp_path, "growth") == []
+
+
+@pytest.mark.parametrize(("most", "found"), [(0, 0), (2, 2), (99, MOST_STARTED)])
+def test_where_no_thread_has_the_main_heap_the_last_that_starts_is_taken(
+    most: int, found: int, monkeypatch: pytest.MonkeyPatch
+):
+    started: list[int] = []
+    monkeypatch.setattr(malloc, "has_main_heap", lambda: started.append(threading.get_native_id()))
+    start = threading.Thread.start
+
+    def start_few(thread: threading.Thread) -> None:
+        if len(started) == most:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_few)
+    thread = _started()
+    assert len(started) == found
+    assert (thread is None) == (found == 0)
+    if thread is not None:
+        assert thread.submit(threading.get_native_id).result() == started[-1]
+        thread.shutdown()

@@ -101,9 +101,7 @@ class Guard:
             finally:
                 self._watch = None
                 self._leave_malloc()
-                if self._thread is not None:
-                    self._thread.shutdown()
-                    self._thread = None
+                self._end_thread()
 
     def attempt(
         self,
@@ -195,15 +193,21 @@ class Guard:
         """Go on in another thread: oneDNN's code generator (Xbyak) remembers for each thread that an allocation failed, and then
         makes no kernel for any new shape in it. Here, as long as its kernels do, where a limit from outside leaves no room for stacks."""
         assert self._watch is not None
-        if self._thread is not None:
-            self._thread.shutdown()
-            self._thread = None
+        self._end_thread()
         with self._watch.lifted():
             if limit.has_room_for_threads():
                 self._thread = _started()
-                if self._thread is not None:
+            if self._thread is not None:
+                try:
                     self._thread.submit(self.session.warm).result()
+                except RuntimeError:
+                    self._end_thread()
         self._watch.begin_anew()  # what the thread took for itself and uses is no room
+
+    def _end_thread(self) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
 
     def read_again(self, error: MemoryError) -> None:
         """After memory ran out outside a step, as when a batch was read: return where it is worth another try.
@@ -348,17 +352,16 @@ class Guard:
 
 def _started() -> ThreadPoolExecutor | None:
     """A thread, on the main thread's heap if one can be had; None where none can be started."""
-    threads = list[ThreadPoolExecutor]()
-    try:
-        while True:
-            threads.append(ThreadPoolExecutor(1, "memory-guard-work"))
-            if threads[-1].submit(malloc.has_main_heap).result() or len(threads) == MOST_STARTED:
-                return threads.pop()
-    except RuntimeError:  # a limit on the number of threads
-        return None
-    finally:
-        for thread in threads:
-            thread.shutdown()
+    started = list[ThreadPoolExecutor]()
+    with contextlib.suppress(RuntimeError):  # a limit on the number of threads
+        on_main_heap = False
+        while not on_main_heap and len(started) < MOST_STARTED:
+            thread = ThreadPoolExecutor(1, "memory-guard-work")
+            on_main_heap = thread.submit(malloc.has_main_heap).result()
+            started.append(thread)
+    for thread in started[:-1]:
+        thread.shutdown()
+    return started[-1] if started else None
 
 
 def _failure(error: errors.OutOfMemory | MemoryError, evaluating: bool) -> _Failure:
